@@ -1,0 +1,128 @@
+"""What the command lines share: errors that a user can mend, argument types, exit codes.
+
+Exit codes: 0 success, 1 a candidate failed unexpectedly, 2 a user's error (one line on stderr),
+130 Ctrl-C or SIGTERM.
+"""
+
+import argparse
+import difflib
+import functools
+import math
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import torch
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Something the user can mend. Its text says in one line what is wrong and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows defaults and reports bad values as one `error: …` line."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's line breaks and appends each flag's default."""
+
+
+def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
+    """Decorate a script's `main(argv) -> int` so that it ends with the exit codes above."""
+
+    @functools.wraps(main)
+    def wrapper(argv: Sequence[str] | None = None) -> int:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return main(argv)
+        except UserError as error:
+            print("error: " + " ".join(str(error).split()), file=sys.stderr)
+            return EXIT_USER_ERROR
+        except KeyboardInterrupt:
+            print("interrupted: everything finished so far is kept", file=sys.stderr)
+            return EXIT_INTERRUPTED
+
+    return wrapper
+
+
+def positive_int(text: str) -> int:
+    """Argument type: a whole number of at least 1."""
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def positive_float(text: str) -> float:
+    """Argument type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def int_list(text: str) -> list[int]:
+    """Argument type: comma-separated whole numbers of at least 1, in order, without repeats."""
+    return list(dict.fromkeys(positive_int(part.strip()) for part in text.split(",")))
+
+
+def name_list(text: str) -> list[str]:
+    """Argument type: comma-separated names, in order, without repeats."""
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError("expected at least one name")
+    return names
+
+
+def check_name(name: str, known: Iterable[str], what: str) -> str:
+    """Return `name` if it is known, else raise UserError with the nearest known names."""
+    known = list(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+    few = [*known[:20], "…"] if len(known) > 20 else known  # timm alone has more than a thousand
+    hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(few)}"
+    raise UserError(f"unknown {what} {name!r}: {hint}")
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve `auto`, `cpu` or `cuda`; UserError when CUDA is asked for and absent."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("--device cuda: PyTorch finds no usable NVIDIA GPU; use --device cpu")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def make_output_dir(path: Path) -> Path:
+    """Create the folder for results and prove that it can be written to, else UserError."""
+    probe = path / ".write-test"
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink(missing_ok=True)  # another run may have removed it
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"cannot write to --output-dir {path}: {reason}") from error
+    return path
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices). Some GPU kernels stay nondeterministic."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)

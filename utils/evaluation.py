@@ -1,0 +1,128 @@
+"""Predictions, accuracy, and the paired comparison of a candidate with its baseline."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from utils.data import Preprocessing, preprocess
+
+ACCURACY_COLUMNS = (
+    "num_images",
+    "top1_percent",
+    "top5_percent",
+    "top1_full_head_percent",
+    "top1_difference_points",
+    "top1_difference_low_points",
+    "top1_difference_high_points",
+    "agreement_percent",
+    "logit_cosine",
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two accuracies in percentage points, with its 95 % interval."""
+
+    points: float
+    low: float
+    high: float
+
+
+@torch.no_grad()
+def predict(
+    call: Callable[[Tensor], Tensor],
+    images: Tensor,
+    how: Preprocessing,
+    batch_size: int,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Run uint8 images `[N, 3, H, W]` through `call`; float32 logits `[N, C]` on the CPU.
+
+    Every batch has exactly `batch_size` images (the last one is filled up with repeats, whose
+    logits are dropped), so that a compiled model never meets a new shape.
+    """
+    logits = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        padding = batch_size - len(batch)
+        full = torch.cat([batch, batch[-1:].expand(padding, -1, -1, -1)]) if padding else batch
+        output = torch.as_tensor(call(preprocess(full, how, device)))
+        logits.append(output[: len(batch)].float().cpu())
+    return torch.cat(logits)
+
+
+def accuracy_row(
+    logits: Tensor, baseline: Tensor, labels: Tensor | None, columns: Sequence[int] | None
+) -> dict[str, float | None]:
+    """One row of ACCURACY_COLUMNS.
+
+    Args:
+        logits, baseline: `[N, C]` of the candidate and of the baseline, over the same images.
+        labels: int64 `[N]`, or None.
+        columns: which logit stands for each class of the labels; None if accuracy means nothing,
+            which leaves the accuracy columns empty.
+    """
+    row: dict[str, float | None] = dict.fromkeys(ACCURACY_COLUMNS)
+    row["num_images"] = len(logits)
+    row["logit_cosine"] = centred_cosine(logits, baseline)
+    chosen = slice(None) if columns is None else columns
+    scored, scored_baseline = logits[:, chosen], baseline[:, chosen]
+    row["agreement_percent"] = percent(scored.argmax(1) == scored_baseline.argmax(1))
+    if labels is None or columns is None:
+        return row
+    correct, correct_baseline = (x.argmax(1) == labels for x in (scored, scored_baseline))
+    difference = paired_difference(correct, correct_baseline)
+    row["top1_percent"] = percent(correct)
+    row["top5_percent"] = percent(top_k_correct(scored, labels, 5))
+    if len(columns) < logits.shape[1]:
+        row["top1_full_head_percent"] = percent(logits.argmax(1) == torch.tensor(columns)[labels])
+    row["top1_difference_points"] = difference.points
+    row["top1_difference_low_points"] = difference.low
+    row["top1_difference_high_points"] = difference.high
+    return row
+
+
+def percent(correct: Tensor) -> float:
+    """Share of True in a bool tensor, in percent."""
+    return 100 * correct.double().mean().item()
+
+
+def top_k_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
+    """Bool `[N]`: is the label among the k largest of logits `[N, C]`?"""
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (top == labels[:, None]).any(dim=1)
+
+
+def centred_cosine(logits: Tensor, baseline: Tensor) -> float:
+    """Mean over images of the cosine similarity of the logits, each centred over its classes.
+
+    A shift common to all classes changes no prediction and no probability, so it is taken out.
+    """
+    x, y = (t.double() - t.double().mean(dim=1, keepdim=True) for t in (logits, baseline))
+    return torch.nn.functional.cosine_similarity(x, y, dim=1).mean().item()
+
+
+def paired_difference(
+    correct: Tensor, correct_baseline: Tensor, confidence: float = 0.95
+) -> Difference:
+    """Difference of two accuracies measured on the same images, in percentage points.
+
+    The interval is Bonett and Price's (2012), a Wald interval with one pseudo-observation in each
+    discordant cell, recommended for paired proportions by Fagerland, Lydersen and Laake (2014,
+    Statistics in Medicine 33). It does not shrink to nothing when no prediction changed.
+
+    Args:
+        correct, correct_baseline: bool `[N]`, candidate and baseline.
+    """
+    n = len(correct)
+    gained = int((correct & ~correct_baseline).sum())
+    lost = int((~correct & correct_baseline).sum())
+    p_gained, p_lost = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
+    centre = p_gained - p_lost
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    half = z * ((p_gained + p_lost - centre**2) / (n + 2)) ** 0.5
+    low, high = max(-1.0, centre - half), min(1.0, centre + half)
+    return Difference(100 * (gained - lost) / n, 100 * low, 100 * high)

@@ -1,0 +1,103 @@
+"""A process of its own for each candidate, so that none disturbs another.
+
+Candidates change global state (Inductor's freezing, the quantised engine, TF32), keep thread pools
+and may crash the interpreter. Each lives in its own worker process; the parent asks one at a time.
+"""
+
+import contextlib
+import ctypes
+import multiprocessing
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from utils.cli import UserError
+
+
+class UnavailableError(Exception):
+    """A candidate cannot run here; the text is the reason shown in its row."""
+
+
+class Worker:
+    """One process that runs functions one after the other and keeps their module's state."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        self._pool = ProcessPoolExecutor(1, context, initializer=_prepare)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a module-level function in the worker and return its result.
+
+        Raises:
+            UnavailableError: the process died (a crash, or the system was out of memory).
+            Exception: whatever the function raised.
+        """
+        try:
+            return self._pool.submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            raise UnavailableError("its process died: a crash, or not enough memory") from error
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        processes = list((self._pool._processes or {}).values())
+        for process in processes:  # a worker busy compiling must not hold up Ctrl-C
+            process.terminate()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _prepare() -> None:
+    """Ctrl-C reaches the whole process group; only the parent acts on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def recorded(row: dict[str, Any]) -> Iterator[None]:
+    """Turn a candidate's failure into its row's status and reason; the others go on."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (UnavailableError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+        row.update(status="unavailable", reason=first_line(error))
+    except Exception as error:
+        row.update(status="failed", reason=f"{type(error).__name__}: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def peak_memory_mb(device: str) -> float | None:
+    """Highest memory since the start or the last reset; None where it cannot be read."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e6
+    return None
+
+
+def reset_peak_memory(device: str) -> None:
+    """Return freed memory to the system and start a new peak (Linux: see proc(5), clear_refs)."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")

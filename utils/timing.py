@@ -1,0 +1,180 @@
+"""Latency of several candidates, measured in one run of interleaved rounds.
+
+A candidate is whatever can time a block of k calls and return a `Block`. A round gives every
+candidate one block, in shuffled order, so that a drift of the machine hits all alike; a speedup is
+the median over rounds of the ratio to the baseline's block of the same round. Nothing here knows
+about models or data sets.
+"""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+Clock = Callable[[], int]  # nanoseconds
+
+LATENCY_COLUMNS = (
+    "latency_ms_median",
+    "latency_ms_p90",
+    "latency_ms_p99",
+    "wall_ms_mean",
+    "images_per_s",
+    "speedup",
+    "speedup_p10",
+    "speedup_p90",
+    "rounds",
+    "calls",
+)
+CALLS_FOR_P99 = 100
+WARM_UP_BLOCKS = 20  # at most; stable is when two blocks in a row agree
+STABLE_WITHIN = 0.10
+
+
+@dataclass(frozen=True)
+class Block:
+    """k consecutive calls: `latencies_ms` float64 `[k]`, and the host's wall time for all k."""
+
+    latencies_ms: np.ndarray
+    wall_ms: float
+
+
+TimeBlock = Callable[[int], Block]
+
+
+def time_block(
+    call: Callable[[Any], Any],
+    inputs: Sequence[Any],
+    calls: int,
+    device: torch.device | str = "cpu",
+    clock: Clock = time.perf_counter_ns,
+) -> Block:
+    """Time `calls` calls; the inputs take turns, and the last output is checked.
+
+    Timed: `call(input)` with its input already on the device and its output left there. On a GPU
+    each call lies between two events on the current stream, and the wall time runs from the first
+    enqueue until the device has finished.
+
+    Raises:
+        FloatingPointError: the last output holds NaN or infinity.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        block, output = (_time_on_gpu if on_gpu else _time_on_cpu)(call, inputs, calls, clock)
+    finally:
+        if collecting:
+            gc.enable()
+    if not bool(torch.isfinite(torch.as_tensor(output)).all()):
+        raise FloatingPointError("the output holds NaN or infinity")
+    return block
+
+
+def _time_on_cpu(
+    call: Callable[[Any], Any], inputs: Sequence[Any], calls: int, clock: Clock
+) -> tuple[Block, Any]:
+    stamps = []
+    output = None
+    for i in range(calls):
+        x = inputs[i % len(inputs)]
+        start = clock()
+        output = call(x)
+        stamps.append((start, clock()))
+    latencies = np.array([end - start for start, end in stamps]) / 1e6
+    return Block(latencies, (stamps[-1][1] - stamps[0][0]) / 1e6), output
+
+
+def _time_on_gpu(
+    call: Callable[[Any], Any], inputs: Sequence[Any], calls: int, clock: Clock
+) -> tuple[Block, Any]:
+    def event() -> torch.cuda.Event:
+        return torch.cuda.Event(enable_timing=True)
+
+    events = [(event(), event()) for _ in range(calls)]
+    output = None
+    synchronize()
+    wall_start = clock()
+    for i, (start, end) in enumerate(events):
+        start.record()
+        output = call(inputs[i % len(inputs)])
+        end.record()
+    synchronize()
+    wall_ms = (clock() - wall_start) / 1e6
+    return Block(np.array([start.elapsed_time(end) for start, end in events]), wall_ms), output
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one in use."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def warm_up(time_block: TimeBlock) -> float:
+    """Call until two consecutive blocks agree within 10 %; return the last latency in ms."""
+    latency = float(np.median(time_block(3).latencies_ms))
+    for _ in range(WARM_UP_BLOCKS):
+        previous, latency = latency, float(np.median(time_block(3).latencies_ms))
+        if abs(latency - previous) <= STABLE_WITHIN * previous:
+            break
+    return latency
+
+
+def calls_per_block(latency_ms: float, block_seconds: float, most: int = 1000) -> int:
+    """How many calls fill a block: at least 1, at most `most`."""
+    return max(1, min(most, math.ceil(block_seconds * 1e3 / max(latency_ms, 1e-6))))
+
+
+def measure_rounds(
+    candidates: Mapping[str, TimeBlock], rounds: int, calls: int, seed: int = 0
+) -> dict[str, list[Block]]:
+    """Give every candidate one block of `calls` calls in each round, in shuffled order.
+
+    One untimed call precedes each block: it brings the candidate's code and weights back into the
+    caches and lets another candidate's spinning worker threads go to sleep.
+    """
+    generator = np.random.default_rng(seed)
+    blocks: dict[str, list[Block]] = {name: [] for name in candidates}
+    for _ in tqdm(range(rounds), desc="timing", unit="round", disable=None, leave=False):
+        for name in generator.permutation(list(candidates)):
+            candidates[name](1)
+            blocks[name].append(candidates[name](calls))
+    return blocks
+
+
+def summarise(
+    blocks: Mapping[str, Sequence[Block]], baseline: str, batch_size: int
+) -> dict[str, dict[str, float | None]]:
+    """Turn measured blocks into one row of LATENCY_COLUMNS per candidate.
+
+    Latency percentiles are over all calls; p99 needs 100 of them, else it is None. The speedup is
+    the median over rounds of (baseline's block median / own block median), `speedup_p10` and
+    `speedup_p90` are the 10th and 90th percentile of the same ratios.
+    """
+    reference = [np.median(block.latencies_ms) for block in blocks[baseline]]
+    rows: dict[str, dict[str, float | None]] = {}
+    for name, own in blocks.items():
+        samples = np.concatenate([block.latencies_ms for block in own])
+        wall_ms = sum(block.wall_ms for block in own) / len(samples)
+        ratios = [r / np.median(b.latencies_ms) for r, b in zip(reference, own, strict=True)]
+        low, high = np.percentile(ratios, [10, 90])
+        p90, p99 = np.percentile(samples, [90, 99])
+        rows[name] = {
+            "latency_ms_median": float(np.median(samples)),
+            "latency_ms_p90": float(p90),
+            "latency_ms_p99": float(p99) if len(samples) >= CALLS_FOR_P99 else None,
+            "wall_ms_mean": wall_ms,
+            "images_per_s": batch_size * 1e3 / wall_ms,
+            "speedup": statistics.median(float(ratio) for ratio in ratios),
+            "speedup_p10": float(low),
+            "speedup_p90": float(high),
+            "rounds": len(own),
+            "calls": len(samples),
+        }
+    return rows

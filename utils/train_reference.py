@@ -1,0 +1,776 @@
+"""Train the small reference ViTs of `weights/`, which make every accuracy reproducible offline.
+
+    python -m utils.train_reference --model vit_digits           # a CPU, about a minute
+    python -m utils.train_reference --model vit_tiny_imagenet    # one GPU, about ten minutes
+
+A ViT learns little from a few hundred small images per class, a convolutional network much more.
+So a small residual network learns from the labels first, and the ViT learns from it, both looking
+at the same augmented view (Beyer et al. 2022, "Knowledge distillation: a good teacher is patient
+and consistent"). 5 % of the training images are held out and choose the epoch; the labelled test
+images are looked at once, at the end. A killed run continues from its last checkpoint.
+"""
+
+import argparse
+import ast
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from utils.cli import (
+    Parser,
+    UserError,
+    command,
+    make_output_dir,
+    pick_device,
+    positive_int,
+    seed_everything,
+)
+from utils.data import ACCURACY_SPLIT, ImageSet, Preprocessing, load_images, preprocess
+from utils.models import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    REFERENCE_MODELS,
+    WEIGHTS_DIR,
+    build_reference_vit,
+    sha256_of,
+)
+
+HELD_OUT_SEED = 0  # fixed, so that recipes and seeds are compared on the same images
+QUICK_IMAGES = 500
+
+
+# --- recipes --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a training batch is distorted; 0 switches a distortion off."""
+
+    flip: bool = True  # mirror half of the images left-right
+    crop_area: float = 0.25  # least share of the image's area that a random crop keeps
+    rotation: float = 10.0  # degrees, at most, either way
+    colour: float = 0.4  # largest relative change of brightness, contrast and saturation
+    mixup: float = 0.4  # share of the images that are blended with another
+    cutmix: float = 0.4  # share of the images that take a square from another
+    erase: float = 0.25  # share of the images that lose a square
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Hyperparameters of one training run: the teacher's or the student's."""
+
+    epochs: int
+    optimizer: str  # "adamw", or "sgd" with Nesterov momentum
+    learning_rate: float  # peak
+    weight_decay: float
+    batch_size: int = 512  # images
+    warmup: int = 5  # epochs of linear warm-up before the cosine
+    calm: float = 0.1  # last share of the epochs, whose views are close to the real images
+    ema_decay: float = 0.999  # per step; approached gradually
+    clip_norm: float = 1.0  # largest norm of the gradient
+    evaluate_every: int = 10  # epochs between held-out evaluations, each with a checkpoint
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides what a model becomes, apart from the seed."""
+
+    dataset: str
+    image_size: int  # pixels, as is the patch
+    patch_size: int
+    width: int  # channels of a token
+    depth: int  # transformer blocks
+    heads: int
+    mean: tuple[float, ...]  # normalisation per channel, on the 0-1 scale
+    std: tuple[float, ...]
+    student: Phase
+    teacher: Phase | None = None  # None: the student learns from the labels alone
+    augmentation: Augmentation = Augmentation()
+    drop_path: float = 0.1  # rate of stochastic depth in the student's last block
+    label_smoothing: float = 0.05
+    held_out: float = 0.05  # share of each class's training images
+    teacher_width: int = 64  # channels of its first stage
+    teacher_share: float = 0.35  # of --max-minutes
+    temperature: float = 2.0  # softens both sides' probabilities in the distillation
+    label_weight: float = 0.1  # of the labels, beside the teacher's probabilities
+    guide_weight: float = 1.0  # of the agreement with the teacher's feature map
+
+
+RECIPES = {
+    "vit_tiny_imagenet": Recipe(
+        dataset="tiny-imagenet",
+        image_size=64,
+        patch_size=8,
+        width=384,
+        depth=6,
+        heads=6,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        teacher=Phase(80, "sgd", learning_rate=0.4, weight_decay=5e-4, clip_norm=5.0),
+        student=Phase(240, "adamw", learning_rate=1.5e-3, weight_decay=0.05),
+    ),
+    "vit_digits": Recipe(
+        dataset="digits",
+        image_size=32,
+        patch_size=8,
+        width=96,
+        depth=4,
+        heads=3,
+        mean=(0.3, 0.3, 0.3),
+        std=(0.4, 0.4, 0.4),
+        student=Phase(
+            40, "adamw", learning_rate=2e-3, weight_decay=0.05, batch_size=64, ema_decay=0.99
+        ),
+        augmentation=Augmentation(
+            flip=False, crop_area=0.7, colour=0.0, mixup=0.2, cutmix=0.0, erase=0.0
+        ),
+        drop_path=0.05,
+    ),
+}
+
+
+def change_recipe(recipe: Any, name: str, value: Any) -> Any:
+    """Replace one hyperparameter, such as `drop_path` or `student.epochs`, keeping its type."""
+    name, _, inner = name.partition(".")
+    if name not in {field.name for field in dataclasses.fields(recipe)}:
+        raise UserError(f"{type(recipe).__name__} has no hyperparameter {name!r}")
+    current = getattr(recipe, name)
+    if inner and dataclasses.is_dataclass(current):
+        value = change_recipe(current, inner, value)
+    elif type(current) is float and type(value) is int:
+        value = float(value)
+    elif inner or (type(value) is not type(current) and (name, value) != ("teacher", None)):
+        raise UserError(f"{name} is {current!r} and cannot become {inner or ''} {value!r}")
+    return dataclasses.replace(recipe, **{name: value})
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """Argument type: NAME=VALUE, the value a Python literal."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE with a number") from None
+
+
+# --- augmentation: a few kernels a batch, on the device, each image with its own random numbers ---
+
+
+def augment(
+    images: Tensor, labels: Tensor, classes: int, recipe: Recipe, how: Augmentation
+) -> tuple[Tensor, Tensor]:
+    """uint8 `[N, 3, H, W]`, labels `[N]` -> float `[N, 3, S, S]`, targets `[N, classes]`."""
+    n, size, device = len(images), recipe.image_size, images.device
+    x = warp(images.float().div_(255), random_affine(n, how, device), size)
+    if how.colour:
+        x = change_colour(x, uniform((3, n), 1 - how.colour, 1 + how.colour, device))
+    x = (x.clamp_(0, 1) - channels(recipe.mean, device)) / channels(recipe.std, device)
+    x, targets = mix(x, F.one_hot(labels, classes).float(), mixing_weights(n, size, how, device))
+    boxes = random_boxes(uniform((n,), 0.02, 0.33, device), size)
+    boxes &= torch.rand(n, 1, 1, 1, device=device) < how.erase
+    return x.masked_fill(boxes, 0), targets
+
+
+@functools.cache  # copied to the device once: a copy in every step would wait for the device
+def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
+def uniform(shape: tuple[int, ...], low: float, high: float, device: torch.device) -> Tensor:
+    return torch.rand(shape, device=device) * (high - low) + low
+
+
+def random_affine(n: int, how: Augmentation, device: torch.device) -> Tensor:
+    """Random crop, flip and rotation as maps `[N, 2, 3]` from output to input coordinates.
+
+    Crops as by Szegedy et al. 2015: area from `crop_area` to 1, aspect ratio from 3/4 to 4/3.
+    """
+    area = uniform((n,), how.crop_area, 1, device)
+    stretch = torch.exp(uniform((n,), -0.5, 0.5, device) * math.log(4 / 3) * (how.crop_area < 1))
+    width, height = ((area.sqrt() * s).clamp(max=1) for s in (stretch, 1 / stretch))
+    x0, y0 = ((1 - side) * uniform((n,), -1, 1, device) for side in (width, height))
+    if how.flip:
+        width = width * torch.randint(0, 2, (n,), device=device).mul_(2).sub_(1)
+    angle = uniform((n,), -1, 1, device) * math.radians(how.rotation)
+    cos, sin = angle.cos(), angle.sin()
+    rows = [width * cos, -width * sin, x0, height * sin, height * cos, y0]
+    return torch.stack(rows, dim=1).view(n, 2, 3)
+
+
+def warp(x: Tensor, affine: Tensor, size: int) -> Tensor:
+    """Resample `[N, C, H, W]` through the maps `[N, 2, 3]` into `[N, C, size, size]`."""
+    grid = F.affine_grid(affine, [len(x), x.shape[1], size, size], align_corners=False)
+    return F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+
+
+def change_colour(x: Tensor, factors: Tensor) -> Tensor:
+    """Scale each image's brightness, contrast and saturation by `factors` `[3, N]`."""
+    brightness, contrast, saturation = factors.view(3, -1, 1, 1, 1)
+    x = x * brightness
+    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast)
+    return torch.lerp(x.mean(1, keepdim=True), x, saturation)
+
+
+def random_boxes(area: Tensor, size: int) -> Tensor:
+    """Shares of the area `[N]` -> `[N, 1, S, S]`, True in a random square that lies inside."""
+    side = (area.sqrt() * size).round()
+    corners = (torch.rand(2, len(area), device=area.device) * (size - side + 1)).floor()
+    position = torch.arange(size, device=area.device)
+    after = position >= corners[..., None]
+    rows, columns = after & (position < (corners + side)[..., None])
+    return rows[:, None, :, None] & columns[:, None, None, :]
+
+
+def mixing_weights(n: int, size: int, how: Augmentation, device: torch.device) -> Tensor:
+    """Each pixel's weight of the image itself, `[N, 1, S, S]`; its partner has the rest.
+
+    Mixup (Zhang et al. 2018): one weight everywhere. CutMix (Yun et al. 2019): 0 in a square.
+    """
+    kind, share = torch.rand(2, n, 1, 1, 1, device=device)
+    cut = 1 - random_boxes(share.flatten(), size).float()
+    return torch.where(
+        kind < how.mixup, share, torch.where(kind < how.mixup + how.cutmix, cut, 1.0)
+    )
+
+
+def mix(x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Blend each image and its target with those of its neighbour; batches come shuffled."""
+    share = weights.mean((1, 2, 3))[:, None]
+    x = torch.lerp(x.roll(1, 0), x, weights)
+    return x, torch.lerp(targets.roll(1, 0), targets, share)
+
+
+# --- teacher and student: images -> (logits [N, classes], tokens [N, T, channels]) ----------------
+
+Output = tuple[Tensor, Tensor]
+Loss = Callable[[Output, Tensor, Tensor], Tensor]  # of output, images, targets
+
+
+class PreActivationBlock(nn.Module):
+    """Two 3x3 convolutions beside a shortcut (He et al. 2016, "Identity Mappings")."""
+
+    def __init__(self, narrow: int, wide: int, stride: int) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(narrow)
+        self.conv1 = nn.Conv2d(narrow, wide, 3, stride, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(wide)
+        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
+        self.shortcut = None
+        if narrow != wide:
+            self.shortcut = nn.Conv2d(narrow, wide, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(x))
+        skip = x if self.shortcut is None else self.shortcut(y)
+        return skip + self.conv2(F.relu(self.norm2(self.conv1(y))))
+
+
+class Teacher(nn.Module):
+    """ResNet-18 that sees small images at full resolution first; its 8x8 map is the tokens."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 3, padding=1, bias=False)]
+        for i, wide in enumerate((width, 2 * width, 4 * width, 8 * width)):
+            layers.append(
+                PreActivationBlock(wide if i == 0 else wide // 2, wide, 1 if i == 0 else 2)
+            )
+            layers.append(PreActivationBlock(wide, wide, 1))
+        self.layers = nn.Sequential(*layers, nn.BatchNorm2d(8 * width), nn.ReLU())
+        self.head = nn.Linear(8 * width, num_classes)
+
+    def forward(self, x: Tensor) -> Output:
+        tokens = self.layers(x).flatten(2).transpose(1, 2)
+        return self.head(tokens.mean(1)), tokens
+
+
+class Student(nn.Module):
+    """The ViT, with a projection of its tokens to the teacher's channels for training only."""
+
+    def __init__(self, vit: Any, guide: nn.Module) -> None:
+        super().__init__()
+        self.vit, self.guide = vit, guide
+
+    def forward(self, x: Tensor) -> Output:
+        tokens = self.vit.forward_features(x)
+        return self.vit.forward_head(tokens), self.guide(tokens)
+
+
+def label_loss(smoothing: float) -> Loss:
+    return lambda output, _, targets: F.cross_entropy(output[0], targets, label_smoothing=smoothing)
+
+
+def distillation_loss(teach: Callable[[Tensor], Output], recipe: Recipe) -> Loss:
+    """The teacher's probabilities and feature map of the same view, and a little of the labels.
+
+    Its map, matched place by place, hands on the convolutional network's sense of locality
+    (Li et al. 2022, "Locality Guidance for Improving Vision Transformers on Tiny Datasets").
+    """
+    from_labels = label_loss(recipe.label_smoothing)
+
+    def loss(output: Output, images: Tensor, targets: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher_logits, teacher_tokens = teach(images)
+        student, teacher = (
+            F.log_softmax(logits.float() / recipe.temperature, dim=1)
+            for logits in (output[0], teacher_logits)
+        )
+        soft = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+        guide = 1 - F.cosine_similarity(output[1].float(), teacher_tokens.float(), dim=2).mean()
+        return (
+            recipe.temperature**2 * soft
+            + recipe.guide_weight * guide
+            + recipe.label_weight * from_labels(output, images, targets)
+        )
+
+    return loss
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What both phases share: the images, uint8 `[N, 3, H, W]` on the device, and how to train."""
+
+    recipe: Recipe
+    classes: int
+    images: Tensor
+    labels: Tensor
+    held_out_images: Tensor
+    held_out_labels: Tensor
+    seed: int
+    compiled: bool  # on a GPU only
+    checkpoints: Path
+
+    def key(self, *parts: Any) -> str:
+        """A name for all that a checkpoint must agree with."""
+        text = f"{self.seed} {len(self.images)} {self.images.device.type} {parts}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass
+class Run:
+    """What a checkpoint holds: all that is needed to go on as if nothing had happened."""
+
+    module: nn.Module
+    ema: ModelEmaV3
+    optimizer: torch.optim.Optimizer
+    epochs: int  # planned
+    epoch: int = 0  # finished
+    seconds: float = 0.0  # spent
+    best: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # averaged weights
+    best_epoch: int = 0
+    best_top1: float = -1.0  # percent of the held-out images
+
+    def save(self, path: Path, key: str) -> None:
+        parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        parts |= {name: parts[name].state_dict() for name in ("module", "ema", "optimizer")}
+        temporary = path.with_suffix(".tmp")
+        torch.save(parts | {"key": key}, temporary)
+        temporary.replace(path)
+
+    def load(self, path: Path, key: str) -> None:
+        """Take up the checkpoint if there is one and it belongs to the same recipe and images."""
+        if not path.is_file():
+            return
+        device = next(self.module.parameters()).device
+        parts = torch.load(path, map_location=device, weights_only=True)
+        if parts.pop("key") != key:
+            print(f"note: {path} belongs to another recipe and is replaced")
+            return
+        for name in ("module", "ema", "optimizer"):
+            getattr(self, name).load_state_dict(parts.pop(name))
+        vars(self).update(parts)
+        print(f"continuing {path} after epoch {self.epoch} of {self.epochs}", flush=True)
+
+
+def prepare(
+    recipe: Recipe, images: ImageSet, device: torch.device, seed: int, compiled: bool, folder: Path
+) -> Setting:
+    """Hold some images out and move all to the device."""
+    assert images.labels is not None
+    train, held_out = hold_out(images.labels, recipe.held_out)
+    return Setting(
+        recipe=recipe,
+        classes=len(images.classes),
+        images=images.images[train].to(device),
+        labels=images.labels[train].to(device),
+        held_out_images=images.images[held_out].to(device),
+        held_out_labels=images.labels[held_out].to(device),
+        seed=seed,
+        compiled=compiled and device.type == "cuda",
+        checkpoints=folder,
+    )
+
+
+def hold_out(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Indices of the images to train on, and of `share` of each class (at least one) held out."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+    members = [order[labels[order] == label] for label in labels.unique()]
+    counts = [max(1, round(share * len(m))) for m in members]
+    train = torch.cat([m[n:] for m, n in zip(members, counts, strict=True)])
+    held_out = torch.cat([m[:n] for m, n in zip(members, counts, strict=True)])
+    return train.sort().values, held_out.sort().values
+
+
+def make_optimizer(module: nn.Module, phase: Phase) -> torch.optim.Optimizer:
+    """Weight decay acts on matrices and kernels, not on biases, norms and position embeddings."""
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": phase.weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
+    for name, parameter in module.named_parameters():
+        exempt = parameter.ndim < 2 or name.endswith("pos_embed")
+        groups[exempt]["params"].append(parameter)
+    device = groups[0]["params"][0].device
+    rate = torch.zeros((), device=device)  # a tensor, so that a CUDA graph reads each step's value
+    on_gpu = device.type == "cuda"
+    if phase.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=on_gpu)
+    return torch.optim.AdamW(groups, lr=rate, fused=on_gpu, capturable=on_gpu)
+
+
+def learning_rate(step: int, steps: int, warmup_steps: int, peak: float) -> float:
+    """Of a step, counted from 0: linear warm-up to `peak`, then cosine down to zero."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def fit_epochs(wanted: int, finished: int, seconds_left: float, seconds_per_epoch: float) -> int:
+    """How many epochs in all, of those wanted, the time left allows at the measured speed."""
+    return int(min(wanted, finished + max(0.0, seconds_left) / seconds_per_epoch))
+
+
+def calm_down(how: Augmentation) -> Augmentation:
+    """Views close to the real images, for the last epochs: less noise in the labels."""
+    area = max(how.crop_area, 0.5)
+    return dataclasses.replace(how, mixup=0.0, cutmix=0.0, erase=0.0, crop_area=area)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bf16 on a GPU, fp32 on a CPU, where bf16 is seldom faster."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def train_phase(
+    name: str,
+    setting: Setting,
+    phase: Phase,
+    module: nn.Module,
+    loss: Loss,
+    key: str,
+    seconds: float,
+) -> Run:
+    """Train for the phase's epochs, or for fewer if `seconds` do not allow all.
+
+    A checkpoint with the same key is continued, or taken as it is when it was finished.
+    """
+    ema = ModelEmaV3(module, decay=phase.ema_decay, use_warmup=True)
+    run = Run(module, ema, make_optimizer(module, phase), phase.epochs)
+    path = setting.checkpoints / f"{name}.pt"
+    run.load(path, key)
+    make = functools.partial(make_step, run, setting, phase, loss)
+    lively, calm = (functools.cache(functools.partial(make, calm)) for calm in (False, True))
+    first, seconds_before = run.epoch + 1, 0.0  # the first epoch compiles: it is not measured
+    clock = time.perf_counter()
+    bar = tqdm(total=run.epochs, initial=run.epoch, desc=name, unit="epoch", disable=None)
+    while run.epoch < run.epochs:
+        if run.epoch > first:
+            speed = (run.seconds - seconds_before) / (run.epoch - first)
+            run.epochs = fit_epochs(phase.epochs, run.epoch, seconds - run.seconds, speed)
+        # Each epoch has its own seed, so that a resumed run does what it would have done anyway.
+        torch.manual_seed(setting.seed * 100_003 + run.epoch)
+        step = (calm if run.epoch >= (1 - phase.calm) * run.epochs else lively)()
+        mean_loss = train_epoch(run, setting, phase, step)
+        run.epoch += 1
+        due = run.epoch % phase.evaluate_every == 0 or run.epoch == run.epochs
+        top1 = choose_best(run, setting) if due else None
+        run.seconds += time.perf_counter() - clock
+        clock = time.perf_counter()
+        if run.epoch == first:
+            seconds_before = run.seconds
+        bar.total = run.epochs
+        bar.update()
+        if top1 is not None:
+            run.save(path, key)
+            bar.set_postfix_str(f"held-out {top1:.1f} %")
+            facts = f"loss {mean_loss:.3f}, held-out {top1:.2f} %, {run.seconds:.0f} s"
+            tqdm.write(f"{name} {run.epoch}/{run.epochs}: {facts}")
+    bar.close()
+    return run
+
+
+def make_step(
+    run: Run, setting: Setting, phase: Phase, loss: Loss, calm: bool
+) -> Callable[[Tensor], Tensor]:
+    """One optimisation step: indices of a batch `[N]` -> its loss, without waiting for a GPU."""
+    recipe, device = setting.recipe, setting.images.device
+    how = calm_down(recipe.augmentation) if calm else recipe.augmentation
+    forward = torch.compile(run.module) if setting.compiled else run.module
+
+    def step(batch: Tensor) -> Tensor:
+        images, labels = setting.images[batch], setting.labels[batch]
+        x, targets = augment(images, labels, setting.classes, recipe, how)
+        x = x.to(memory_format=torch.channels_last)
+        with autocast(device):
+            value = loss(forward(x), x, targets)
+        value.backward()
+        norm = nn.utils.clip_grad_norm_(run.module.parameters(), phase.clip_norm)
+        if device.type == "cuda":  # fused optimizers skip a step marked so, as GradScaler has it
+            run.optimizer.found_inf = norm.isfinite().logical_not().float()  # type: ignore[attr-defined]
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        return value.detach()
+
+    return capture(step, phase.batch_size) if setting.compiled else step
+
+
+def capture(step: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tensor], Tensor]:
+    """Record a step as a CUDA graph: it replays at one launch instead of several hundred."""
+    batch = torch.arange(batch_size, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compile, choose kernels, allocate
+            step(batch)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step(batch)
+
+    def replay(chosen: Tensor) -> Tensor:
+        batch.copy_(chosen)
+        graph.replay()
+        return value
+
+    return replay
+
+
+def train_epoch(
+    run: Run, setting: Setting, phase: Phase, step: Callable[[Tensor], Tensor]
+) -> float:
+    """One pass over the shuffled images in full batches; waits for the device only at its end."""
+    run.module.train()
+    count, device = len(setting.images), setting.images.device
+    steps = max(1, count // phase.batch_size)
+    batches = torch.randperm(count, device=device).split(phase.batch_size)[:steps]
+    total = torch.zeros((), device=device)
+    for i, batch in enumerate(batches, start=run.epoch * steps):
+        rate = learning_rate(i, run.epochs * steps, phase.warmup * steps, phase.learning_rate)
+        for group in run.optimizer.param_groups:
+            group["lr"].fill_(rate)
+        total += step(batch)
+        run.ema.update(run.module, step=i)
+    return float(total) / steps
+
+
+def choose_best(run: Run, setting: Setting) -> float:
+    """Top-1 of the averaged weights on the held-out images; the best so far are kept."""
+    with autocast(setting.images.device):
+        top1 = accuracy(
+            lambda x: run.ema.module(x)[0],
+            setting.held_out_images,
+            setting.held_out_labels,
+            setting.recipe,
+        )
+    if top1 >= run.best_top1:
+        run.best = {name: value.clone() for name, value in run.ema.module.state_dict().items()}
+        run.best_epoch, run.best_top1 = run.epoch, top1
+    return top1
+
+
+@torch.no_grad()
+def accuracy(
+    predict: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, recipe: Recipe
+) -> float:
+    """Top-1 in percent of `predict` (normalised images -> logits) on uint8 `[N, 3, H, W]`."""
+    how = Preprocessing(recipe.image_size, recipe.mean, recipe.std)
+    hits = torch.zeros((), dtype=torch.int64, device=images.device)
+    for pixels, truth in zip(images.split(500), labels.split(500), strict=True):
+        hits += (predict(preprocess(pixels, how, images.device)).argmax(1) == truth).sum()
+    return 100 * int(hits) / len(images)
+
+
+def train_teacher(setting: Setting, phase: Phase, seconds: float) -> tuple[Teacher, Run]:
+    recipe = setting.recipe
+    teacher = Teacher(recipe.teacher_width, setting.classes)
+    teacher.to(setting.images.device).to(memory_format=torch.channels_last)
+    key = setting.key(phase, recipe.teacher_width, recipe.augmentation, recipe.label_smoothing)
+    loss = label_loss(recipe.label_smoothing)
+    run = train_phase("teacher", setting, phase, teacher, loss, key, seconds)
+    teacher.load_state_dict(run.best)
+    return teacher.eval().requires_grad_(False), run
+
+
+def train_student(setting: Setting, teacher: Teacher | None, seconds: float) -> tuple[Any, Run]:
+    """Train the ViT with the teacher, or from the labels alone; return it with its best weights."""
+    recipe = setting.recipe
+    loss: Loss = label_loss(recipe.label_smoothing)
+    guide: nn.Module = nn.Identity()
+    if teacher is not None:
+        loss = distillation_loss(torch.compile(teacher) if setting.compiled else teacher, recipe)
+        guide = nn.Linear(recipe.width, teacher.head.in_features)
+    shape = architecture(recipe, setting.classes)
+    student = Student(build_reference_vit(**shape, drop_path=recipe.drop_path), guide)
+    student.to(setting.images.device).to(memory_format=torch.channels_last)
+    key = setting.key(recipe)
+    run = train_phase("student", setting, recipe.student, student, loss, key, seconds)
+    student.load_state_dict(run.best)
+    return student.vit, run
+
+
+# --- the result -----------------------------------------------------------------------------------
+
+
+def architecture(recipe: Recipe, classes: int) -> dict[str, int]:
+    """The arguments of `build_reference_vit`."""
+    names = ("image_size", "patch_size", "width", "depth", "heads")
+    return {name: getattr(recipe, name) for name in names} | {"num_classes": classes}
+
+
+@torch.no_grad()
+def sample_logits(vit: nn.Module, image_size: int) -> list[list[float]]:
+    """The first eight logits of two images of noise, which guard a file of weights."""
+    # NumPy's legacy generator gives the same numbers in every version.
+    noise = np.random.RandomState(0).standard_normal((2, 3, image_size, image_size))
+    logits = vit(torch.from_numpy(noise).float())[:, :8]
+    return [[round(value, 4) for value in row] for row in logits.tolist()]
+
+
+def describe_run(name: str, run: Run) -> dict[str, Any]:
+    return {
+        f"{name}_epochs": run.epoch,
+        f"{name}_best_epoch": run.best_epoch,
+        f"{name}_held_out_top1": round(run.best_top1, 2),
+        f"{name}_minutes": round(run.seconds / 60, 2),
+    }
+
+
+def finish(
+    vit: nn.Module, recipe: Recipe, test_set: ImageSet, device: torch.device
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Round the weights to fp16, evaluate what was rounded, and describe it for the card."""
+    state = {
+        name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+        for name, value in vit.state_dict().items()
+    }
+    shape = architecture(recipe, len(test_set.classes))
+    model = build_reference_vit(**shape).eval()  # as `load_model` does it: fp32 from fp16
+    model.load_state_dict({name: value.float() for name, value in state.items()})
+    sample = sample_logits(model, recipe.image_size)
+    assert test_set.labels is not None
+    images, labels = test_set.images.to(device), test_set.labels.to(device)
+    return state, {
+        "architecture": shape,
+        "mean": recipe.mean,
+        "std": recipe.std,
+        "classes": test_set.classes,
+        "dataset": recipe.dataset,
+        "split": test_set.split,
+        "n_images": len(test_set),
+        "top1": round(accuracy(model.to(device), images, labels, recipe), 2),
+        "sample_logits": sample,
+        "recipe": dataclasses.asdict(recipe),
+    }
+
+
+def write_model(path: Path, state: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """Write the weights, then the card that vouches for them, each renamed when it is whole."""
+    temporary = path.with_suffix(".tmp")
+    save_file(state, temporary)
+    temporary.replace(path)
+    temporary.write_text(json.dumps(card | {"sha256": sha256_of(path)}, indent=1) + "\n")
+    temporary.replace(path.with_suffix(".json"))
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--model", choices=REFERENCE_MODELS, default=REFERENCE_MODELS[0], help="what to train")
+    add("--data-dir", type=Path, help="folder of the data set (default: data/<set>)")
+    add("--num-images", type=positive_int, help="training images, class-balanced (default: all)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
+    add("--epochs", type=positive_int, help="of the student (default: the recipe's)")
+    add("--set", type=parse_change, nargs="+", action="extend", default=[], dest="changes",
+        metavar="NAME=VALUE", help="change the recipe, such as teacher.epochs=40")  # fmt: skip
+    add("--seed", type=int, default=0, help="of everything random but the held-out images")
+    add("--max-minutes", type=float, default=math.inf, help="of training: plans fewer epochs")
+    add("--compile", action=argparse.BooleanOptionalAction, default=True, help="on a GPU")
+    add(
+        "--output-dir",
+        type=Path,
+        help="for weights and card (default: weights, or with --quick results/train_reference)",
+    )
+    add("--checkpoint-dir", type=Path, default=Path("results/train_reference"), help="for resuming")
+    add("--quick", action="store_true", help="one epoch on few images, to see that it works")
+    return parser.parse_args(argv)
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    recipe: Recipe = RECIPES[args.model]
+    changes = list(args.changes)
+    if args.quick:
+        changes += [("student.epochs", 1), ("student.batch_size", 64)]
+    if args.quick and recipe.teacher:
+        changes += [("teacher.epochs", 1), ("teacher.batch_size", 64), ("teacher_width", 8)]
+    if args.epochs:
+        changes.append(("student.epochs", args.epochs))
+    for name, value in changes:
+        recipe = change_recipe(recipe, name, value)
+    device = pick_device(args.device)
+    checkpoints = make_output_dir(args.checkpoint_dir / args.model)
+    output_dir = make_output_dir(args.output_dir or (checkpoints if args.quick else WEIGHTS_DIR))
+    seed_everything(args.seed)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False  # the reported accuracy is that of fp32 arithmetic
+
+    num_images = QUICK_IMAGES if args.quick else args.num_images
+    train_set = load_images(recipe.dataset, "train", args.data_dir, num_images=num_images)
+    test_set = load_images(recipe.dataset, ACCURACY_SPLIT[recipe.dataset], args.data_dir)
+    setting = prepare(recipe, train_set, device, args.seed, args.compile, checkpoints)
+    facts: dict[str, Any] = {}
+    teacher, seconds = None, 60 * args.max_minutes
+    if recipe.teacher is not None:
+        teacher, run = train_teacher(setting, recipe.teacher, recipe.teacher_share * seconds)
+        facts |= describe_run("teacher", run)
+        seconds -= run.seconds
+    vit, run = train_student(setting, teacher, seconds)
+    facts |= describe_run("student", run) | {
+        "seed": args.seed,
+        "training_images": len(setting.images),
+        "held_out_images": len(setting.held_out_images),
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+    }
+    state, card = finish(vit, recipe, test_set, device)
+    path = output_dir / f"{args.model}.safetensors"
+    write_model(path, state, card | facts)
+    for file in checkpoints.glob("*.pt"):
+        file.unlink()
+    print(f"top-1 {card['top1']:.2f} % of {len(test_set)} {test_set.split} images; wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
