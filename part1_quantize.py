@@ -317,6 +317,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="length of the baseline's block in each round, in seconds",
     )
     add(
+        "--max-slowdown",
+        type=cli.positive_float,
+        default=4.0,
+        help="a candidate this many times slower than fp32 is timed but not scored",
+    )
+    add(
         "--memory",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -405,7 +411,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             timed = speed.images[: len(speed) // batch_sizes[0] * batch_size]
             unscored = None if accuracy else labelled.images
             block, logits = measure_block(
-                jobs, timed, unscored, args.rounds, args.block_seconds, BASELINE
+                jobs, timed, unscored, args.rounds, args.block_seconds, args.max_slowdown
             )
             for name, output in logits.items():
                 row = evaluation.accuracy_row(output, logits[BASELINE], labelled.labels, columns)

@@ -33,7 +33,7 @@ class Machine:
 
 def run(machine: Machine, costs: dict[str, float], rounds: int = 20, calls: int = 5, seed: int = 0):
     candidates = {name: machine.candidate(name, cost) for name, cost in costs.items()}
-    blocks = timing.measure_rounds(candidates, rounds, calls, seed)
+    blocks = timing.measure_rounds(candidates, rounds, dict.fromkeys(costs, calls), seed)
     return blocks, timing.summarise(blocks, next(iter(costs)), batch_size=8)
 
 

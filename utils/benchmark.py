@@ -123,41 +123,33 @@ def measure_memory(job: Job, images: np.ndarray) -> dict[str, float | None]:
     return {"build_peak_memory_mb": build_peak, "peak_memory_mb": peak_memory_mb(job.device)}
 
 
-def build_and_predict(
-    worker: Worker, job: Job, speed_images: Tensor, accuracy_images: Tensor | None
-) -> tuple[dict[str, Any], Tensor | None]:
-    """Build one candidate in its worker; return its columns and its logits `[N, C]`."""
-    row = worker.run(open_candidate, job)
-    worker.run(load_inputs, speed_images.numpy())
-    if accuracy_images is None:
-        return row, None
-    return row, torch.from_numpy(worker.run(predict_logits, accuracy_images.numpy()))
-
-
 def measure_block(
     jobs: Sequence[Job],
     speed_images: Tensor,
     accuracy_images: Tensor | None,
     rounds: int,
     block_seconds: float,
-    baseline: str,
+    max_slowdown: float,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     """Build all candidates for one batch size and thread count, then time them in rounds.
 
     Args:
-        jobs: one a candidate; same batch size, threads and device.
+        jobs: one a candidate, the baseline first; same batch size, threads and device.
         speed_images: uint8 `[K * B, 3, H, W]`, the K batches that take turns.
         accuracy_images: uint8 `[N, 3, H, W]`, or None if logits are not wanted.
         rounds: how often each candidate has its turn.
-        block_seconds: length of the baseline's turn; all get as many calls.
-        baseline: the candidate that speedups refer to.
+        block_seconds: length of the baseline's turn; the others get as many calls, and fewer
+            where that would take more than twice as long.
+        max_slowdown: a candidate this many times slower than the baseline is timed, but its
+            logits are not taken.
 
     Returns:
-        A row for each candidate, and the logits `[N, C]` of those that ran.
+        A row for each candidate, and the logits `[N, C]` of those that were scored.
 
     Raises:
         RuntimeError: the baseline did not run.
     """
+    baseline = jobs[0].candidate
     rows: dict[str, dict[str, Any]] = {}
     logits: dict[str, Tensor] = {}
     running: dict[str, timing.TimeBlock] = {}
@@ -166,18 +158,29 @@ def measure_block(
     with contextlib.ExitStack() as stack:
         for job in jobs:
             name, worker = job.candidate, stack.enter_context(Worker())
-            rows[name] = {"candidate": name, "status": "ok"}
-            with recorded(rows[name]):
-                columns, output = build_and_predict(worker, job, speed_images, accuracy_images)
-                latency_ms[name] = timing.warm_up(partial(worker.run, time_calls))
-                rows[name] |= columns
-                running[name] = partial(worker.run, time_calls)
-                if output is not None:
-                    logits[name] = output
-            print(f"  {name:20}{describe(rows[name])}", flush=True)
-        if baseline not in running:
-            raise RuntimeError(f"the baseline {baseline} did not run: {rows[baseline]['reason']}")
-        calls = timing.calls_per_block(latency_ms[baseline], block_seconds)
+            row = rows[name] = {"candidate": name, "status": "ok"}
+            with recorded(row):
+                row |= worker.run(open_candidate, job)
+                worker.run(load_inputs, speed_images.numpy())
+                time_block = partial(worker.run, time_calls)
+                latency_ms[name] = timing.warm_up(time_block)
+                slowdown = latency_ms[name] / latency_ms[baseline]
+                if slowdown > max_slowdown:
+                    row["reason"] = f"not scored: {slowdown:.0f} times slower than {baseline}"
+                elif accuracy_images is not None:
+                    output = worker.run(predict_logits, accuracy_images.numpy())
+                    logits[name] = torch.from_numpy(output)
+                running[name] = time_block
+            print(f"  {name:20}{describe(row)}", flush=True)
+            if baseline not in running:
+                raise RuntimeError(f"the baseline {baseline} did not run: {row['reason']}")
+        calls = {
+            name: min(
+                timing.calls_per_block(latency_ms[baseline], block_seconds),
+                timing.calls_per_block(latency_ms[name], 2 * block_seconds),
+            )
+            for name in running
+        }
         load_before = os.getloadavg()[0]
         blocks = timing.measure_rounds(running, rounds, calls, jobs[0].seed)
         load = {"load_average_before": load_before, "load_average_after": os.getloadavg()[0]}
@@ -190,7 +193,7 @@ def describe(row: dict[str, Any]) -> str:
     """One line on how building went."""
     if row["status"] != "ok":
         return f"{row['status']}: {row['reason']}"
-    return f"built in {row['build_seconds']:.1f} s"
+    return f"built in {row['build_seconds']:.1f} s {row.get('reason', '')}"
 
 
 def add_memory(rows: dict[str, dict[str, Any]], jobs: Sequence[Job], images: Tensor) -> None:

@@ -132,9 +132,9 @@ def calls_per_block(latency_ms: float, block_seconds: float, most: int = 1000) -
 
 
 def measure_rounds(
-    candidates: Mapping[str, TimeBlock], rounds: int, calls: int, seed: int = 0
+    candidates: Mapping[str, TimeBlock], rounds: int, calls: Mapping[str, int], seed: int = 0
 ) -> dict[str, list[Block]]:
-    """Give every candidate one block of `calls` calls in each round, in shuffled order.
+    """Give every candidate one block of its `calls` in each round, in shuffled order.
 
     One untimed call precedes each block: it brings the candidate's code and weights back into the
     caches and lets another candidate's spinning worker threads go to sleep.
@@ -144,7 +144,7 @@ def measure_rounds(
     for _ in tqdm(range(rounds), desc="timing", unit="round", disable=None, leave=False):
         for name in generator.permutation(list(candidates)):
             candidates[name](1)
-            blocks[name].append(candidates[name](calls))
+            blocks[name].append(candidates[name](calls[name]))
     return blocks
 
 
