@@ -22,7 +22,7 @@ def export_onnx(module: nn.Module, example: Tensor, folder: Path) -> tuple[Path,
     with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its progress
         torch.onnx.export(
             module,
-            (example.expand(2, -1, -1, -1),),
+            (example[:1].expand(2, -1, -1, -1),),
             path,
             dynamo=True,
             opset_version=ONNX_OPSET,

@@ -1,0 +1,244 @@
+"""Part 1 from its command line: tables, candidates, bad input, interruption."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import part1_quantize
+from utils import benchmark, cost
+from utils.isolation import UnavailableError, Worker, recorded
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--model", "vit_digits", "--dataset", "digits", "--batch-sizes", "4", "--rounds", "2"]
+SMALL += ["--block-seconds", "0.01", "--num-images", "60", "--threads", "1"]
+
+
+def run_table(tmp_path: Path, *flags: str) -> tuple[int, pd.DataFrame]:
+    code = part1_quantize.main([*SMALL, "--output-dir", str(tmp_path), *flags])
+    return code, pd.read_csv(tmp_path / "quantization.csv").set_index("candidate")
+
+
+def test_quick_measures_everything_in_every_row(tmp_path: Path):
+    code = part1_quantize.main(["--quick", "--rounds", "2", "--output-dir", str(tmp_path)])
+    table = pd.read_csv(tmp_path / "quantization.csv").set_index("candidate")
+    assert code == 0
+    assert tuple(table.reset_index()[list(part1_quantize.COLUMNS)]) == part1_quantize.COLUMNS
+    assert list(table.index) == ["fp32", "int8-eager", "onnx-int8"]
+    assert (table.status == "ok").all()
+    assert (table.num_images == 360).all()
+    card = json.loads((ROOT / "weights" / "vit_digits.json").read_text())
+    assert table.top1_percent["fp32"] == pytest.approx(card["top1"], abs=0.01)
+    assert (table.top1_percent > 95).all()
+    assert (table.logit_cosine.drop("fp32") > 0.95).all()
+    assert (table.logit_cosine.drop("fp32") < 1).all()
+    assert (table.size_mb.drop("fp32") < 0.6 * table.size_mb["fp32"]).all()
+    assert (table.quantized_macs_percent.drop("fp32") > 80).all()
+    assert table.quantized_layers["int8-eager"] == table.linear_layers["int8-eager"]
+    assert (table.peak_memory_mb > 100).all()
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["checkpoints"] == {"vit_digits.safetensors": card["sha256"]}
+
+
+def test_baseline_always_runs_first_and_a_row_per_batch_size(tmp_path: Path):
+    flags = ["--candidates", "int8-eager", "--batch-sizes", "1,3", "--no-memory"]
+    code, table = run_table(tmp_path, *flags)
+    assert code == 0
+    assert list(table.index) == ["fp32", "int8-eager"] * 2
+    assert list(table.batch_size) == [3, 3, 1, 1]
+    assert (table.accuracy_batch_size == 3).all()
+    assert table.peak_memory_mb.isna().all()
+
+
+def test_untrained_model_has_latency_and_fidelity_but_no_accuracy(tmp_path: Path):
+    code, table = run_table(tmp_path, "--candidates", "fp32", "--untrained", "--no-memory")
+    assert code == 0
+    assert table.top1_percent.isna().all()
+    assert (table.latency_ms_median > 0).all()
+    assert (table.logit_cosine == 1).all()
+
+
+def test_convolutional_net_gains_nothing_from_dynamic_quantisation(tmp_path: Path):
+    flags = ["--model", "timm/resnet10t", "--untrained", "--candidates", "int8-eager"]
+    code, table = run_table(tmp_path, *flags, "--batch-sizes", "1", "--no-memory")
+    assert code == 0
+    assert table.quantized_layers["int8-eager"] == 1
+    assert table.quantized_macs_percent["int8-eager"] < 1
+
+
+def build_broken(module: nn.Module, example: torch.Tensor, job: benchmark.Job) -> benchmark.Variant:
+    raise ValueError("no such kernel\nsecond line")
+
+
+def build_missing(
+    module: nn.Module, example: torch.Tensor, job: benchmark.Job
+) -> benchmark.Variant:
+    raise UnavailableError("not installed")
+
+
+def build_crashing(
+    module: nn.Module, example: torch.Tensor, job: benchmark.Job
+) -> benchmark.Variant:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+def build_slow(module: nn.Module, example: torch.Tensor, job: benchmark.Job) -> benchmark.Variant:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.3)
+        return module(x)
+
+    return benchmark.Variant(call, 1, [])
+
+
+def build_nan(module: nn.Module, example: torch.Tensor, job: benchmark.Job) -> benchmark.Variant:
+    return benchmark.Variant(lambda x: module(x) * float("nan"), 1, [])
+
+
+def test_failing_candidates_become_rows_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    bad = {
+        "broken": (build_broken, "cpu"),
+        "missing": (build_missing, "cpu"),
+        "crashing": (build_crashing, "cpu"),
+        "slow": (build_slow, "cpu"),
+        "nan": (build_nan, "cpu"),
+    }
+    fp32 = {"fp32": part1_quantize.CANDIDATES["fp32"]}
+    monkeypatch.setattr(part1_quantize, "CANDIDATES", fp32 | bad)
+    code, table = run_table(tmp_path, "--no-memory", "--max-slowdown", "5")
+    assert code == 1
+    assert table.status.to_dict() == {
+        "fp32": "ok",
+        "broken": "failed",
+        "missing": "unavailable",
+        "crashing": "unavailable",
+        "slow": "ok",
+        "nan": "failed",
+    }
+    assert table.reason["broken"] == "ValueError: no such kernel"
+    assert table.reason["missing"] == "not installed"
+    assert "died" in table.reason["crashing"]
+    assert "not scored" in table.reason["slow"]
+    assert "NaN" in table.reason["nan"]
+    assert table.latency_ms_median.notna().to_dict() == {
+        name: name in ("fp32", "slow") for name in table.index
+    }
+    assert table.top1_percent.notna().sum() == 1
+
+
+def test_worker_keeps_its_state_and_its_errors_come_back():
+    with Worker() as worker:
+        assert worker.run(os.getpid) != os.getpid()
+        assert worker.run(os.getpid) == worker.run(os.getpid)
+        with pytest.raises(ValueError, match="invalid literal"):
+            worker.run(int, "x")
+
+
+def test_recorded_lets_a_users_error_through():
+    row: dict = {}
+    with pytest.raises(part1_quantize.cli.UserError), recorded(row):
+        raise part1_quantize.cli.UserError("mend this")
+    assert row == {}
+
+
+def test_share_counts_layers_parameters_and_multiply_adds():
+    module = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 2))
+    share = cost.quantized_share(module, torch.zeros(1, 8), [(16, 8), (4, 16), (99, 99)])
+    parameters = 8 * 16 + 16 + 16 * 4 + 4 + 4 * 2 + 2
+    assert share["quantized_layers"] == 2
+    assert share["linear_layers"] == 3
+    assert share["quantized_parameters_percent"] == pytest.approx(100 * 192 / parameters)
+    assert share["quantized_macs_percent"] == pytest.approx(100 * 192 / 200)
+
+
+def test_list_names_every_candidate(capsys: pytest.CaptureFixture[str]):
+    assert part1_quantize.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(part1_quantize.CANDIDATES)
+    assert all(len(line) > 40 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--model", "vit_digit"], "vit_digits"),
+        (["--model", "dinov2_vitb14"], "dinov2_vitb14_lc"),
+        (["--dataset", "digit"], "digits"),
+        (["--candidates", "int8-eagre"], "int8-eager"),
+        (["--candidates", "fp8-torchao-bf16"], "does not run on cpu"),
+        (["--candidates", ","], "at least one name"),
+        (["--batch-sizes", "0"], "at least 1"),
+        (["--batch-sizes", "361"], "has 360 images"),
+        (["--batch-sizes", "1,x"], "at least 1"),
+        (["--num-images", "361"], "has 360 images"),
+        (["--threads", "0"], "at least 1"),
+        (["--rounds", "-1"], "at least 1"),
+        (["--block-seconds", "nan"], "above 0"),
+        (["--max-slowdown", "0"], "above 0"),
+        (["--seed", "x"], "invalid int"),
+        (["--device", "tpu"], "invalid choice"),
+        (["--no-such-flag"], "unrecognized"),
+        (["--dataset", "tiny-imagenet", "--data-dir", __file__], "no wnids.txt"),
+        (["--dataset", "folder", "--data-dir", "/does/not/exist"], "no folder 'test'"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    flags: list[str], hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    before = sorted(tmp_path.iterdir())
+    arguments = [*SMALL, "--device", "cpu", "--output-dir", str(tmp_path), *flags]
+    assert part1_quantize.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert hint in captured.err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_cuda_without_a_gpu_is_a_users_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert part1_quantize.main([*SMALL, "--device", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith("error: --device cuda")
+
+
+def test_unwritable_output_is_a_users_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "file").touch()
+    assert part1_quantize.main([*SMALL, "--output-dir", str(tmp_path / "file" / "x")]) == 2
+    assert "cannot write to --output-dir" in capsys.readouterr().err
+
+
+def test_interrupt_keeps_the_old_table_and_leaves_no_process(tmp_path: Path):
+    table = tmp_path / "quantization.csv"
+    table.write_text("old\n")
+    command = [sys.executable, "part1_quantize.py", *SMALL, "--rounds", "100000"]
+    with subprocess.Popen(
+        [*command, "--output-dir", str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        while "built in" not in process.stdout.readline():
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in output + errors
+    assert table.read_text() == "old\n"
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
