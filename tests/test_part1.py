@@ -111,7 +111,7 @@ def test_failing_candidates_become_rows_and_the_others_go_on(
         "missing": (build_missing, "cpu"),
         "crashing": (build_crashing, "cpu"),
         "slow": (build_slow, "cpu"),
-        "nan": (build_nan, "cpu"),
+        "not-finite": (build_nan, "cpu"),
     }
     fp32 = {"fp32": part1_quantize.CANDIDATES["fp32"]}
     monkeypatch.setattr(part1_quantize, "CANDIDATES", fp32 | bad)
@@ -123,13 +123,13 @@ def test_failing_candidates_become_rows_and_the_others_go_on(
         "missing": "unavailable",
         "crashing": "unavailable",
         "slow": "ok",
-        "nan": "failed",
+        "not-finite": "failed",
     }
     assert table.reason["broken"] == "ValueError: no such kernel"
     assert table.reason["missing"] == "not installed"
     assert "died" in table.reason["crashing"]
     assert "not scored" in table.reason["slow"]
-    assert "NaN" in table.reason["nan"]
+    assert "NaN" in table.reason["not-finite"]
     assert table.latency_ms_median.notna().to_dict() == {
         name: name in ("fp32", "slow") for name in table.index
     }
@@ -219,6 +219,17 @@ def test_unwritable_output_is_a_users_error(tmp_path: Path, capsys: pytest.Captu
     assert "cannot write to --output-dir" in capsys.readouterr().err
 
 
+def no_process_left(group: int) -> bool:
+    """Whether a process group is empty within ten seconds."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def test_interrupt_keeps_the_old_table_and_leaves_no_process(tmp_path: Path):
     table = tmp_path / "quantization.csv"
     table.write_text("old\n")
@@ -240,5 +251,4 @@ def test_interrupt_keeps_the_old_table_and_leaves_no_process(tmp_path: Path):
     assert "interrupted" in errors
     assert "Traceback" not in output + errors
     assert table.read_text() == "old\n"
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    assert no_process_left(process.pid)

@@ -156,8 +156,11 @@ def measure_block(
     latency_ms: dict[str, float] = {}
     os.environ["OMP_NUM_THREADS"] = str(jobs[0].threads)  # inherited by the workers
     with contextlib.ExitStack() as stack:
-        for job in jobs:
-            name, worker = job.candidate, stack.enter_context(Worker())
+        workers = [stack.enter_context(Worker()) for _ in jobs]
+        for worker in workers:  # they import side by side; no build starts before all are idle
+            worker.run(os.getpid)
+        for job, worker in zip(jobs, workers, strict=True):
+            name = job.candidate
             row = rows[name] = {"candidate": name, "status": "ok"}
             with recorded(row):
                 row |= worker.run(open_candidate, job)

@@ -7,6 +7,7 @@ and may crash the interpreter. Each lives in its own worker process; the parent 
 import contextlib
 import ctypes
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,8 +29,9 @@ class Worker:
     """One process that runs functions one after the other and keeps their module's state."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+        context = multiprocessing.get_context("spawn")  # neither CUDA nor OpenMP survives a fork
         self._pool = ProcessPoolExecutor(1, context, initializer=_prepare)
+        self._pool.submit(os.getpid)  # starts the process, which goes on importing by itself
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a module-level function in the worker and return its result.
