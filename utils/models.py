@@ -232,7 +232,7 @@ class ConvStem(nn.Module):
     ) -> None:
         super().__init__()
         halvings = patch_size.bit_length() - 1
-        # Width 384 gives 32, 64, 96, 128 channels: 5 % of the whole model's multiply-adds.
+        # Width 384 gives 32, 64, 96, 128 channels: 6 % of the whole model's multiply-adds.
         widths = [in_chans] + [embed_dim * i // 12 for i in range(1, halvings + 2)]
         layers: list[nn.Module] = []
         for i, (narrow, wide) in enumerate(pairwise(widths)):

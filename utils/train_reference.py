@@ -39,6 +39,7 @@ from utils.evaluation import percent, predict
 
 HELD_OUT_SEED = 0  # fixed, so that recipes and seeds are compared on the same images
 QUICK_IMAGES = 300
+MEAN, STD = models.IMAGENET_MEAN, models.IMAGENET_STD
 
 
 # --- recipes --------------------------------------------------------------------------------------
@@ -81,13 +82,7 @@ class Recipe:
     """All that decides what a model becomes, apart from the seed."""
 
     dataset: str
-    image_size: int  # pixels, as is the patch
-    patch_size: int
-    width: int  # channels of a token
-    depth: int  # transformer blocks
-    heads: int
-    mean: tuple[float, ...]  # normalisation per channel, on the 0-1 scale
-    std: tuple[float, ...]
+    architecture: dict[str, int]  # arguments of `build_reference_vit`; sizes in pixels
     student: Phase
     teacher: Phase | None = None  # None: the student learns from the labels alone
     augmentation: Augmentation = Augmentation()
@@ -104,32 +99,17 @@ class Recipe:
 RECIPES = {
     "vit_tiny_imagenet": Recipe(
         dataset="tiny-imagenet",
-        image_size=64,
-        patch_size=8,
-        width=384,
-        depth=6,
-        heads=6,
-        mean=models.IMAGENET_MEAN,
-        std=models.IMAGENET_STD,
+        architecture={"image_size": 64, "patch_size": 8, "width": 384, "depth": 6, "heads": 6},
         teacher=Phase(57, "sgd", learning_rate=0.4, weight_decay=5e-4, clip_norm=5.0),
         student=Phase(74, "adamw", learning_rate=1e-3, weight_decay=0.05, warmup=6),
     ),
     "vit_digits": Recipe(
         dataset="digits",
-        image_size=32,
-        patch_size=8,
-        width=96,
-        depth=4,
-        heads=3,
-        mean=(0.3, 0.3, 0.3),
-        std=(0.4, 0.4, 0.4),
-        student=Phase(
-            40, "adamw", learning_rate=2e-3, weight_decay=0.05, batch_size=64, ema_decay=0.99
-        ),
+        architecture={"image_size": 32, "patch_size": 8, "width": 96, "depth": 4, "heads": 3},
+        student=Phase(40, "adamw", learning_rate=2e-3, weight_decay=0.05, batch_size=64),
         augmentation=Augmentation(
-            flip=False, crop_area=0.7, colour=0.0, mixup=0.2, cutmix=0.0, erase=0.0
+            flip=False, crop_area=0.7, colour=0, mixup=0.2, cutmix=0, erase=0
         ),
-        drop_path=0.05,
     ),
 }
 
@@ -148,11 +128,11 @@ def augment(
     images: Tensor, labels: Tensor, classes: int, recipe: Recipe, how: Augmentation
 ) -> tuple[Tensor, Tensor]:
     """uint8 `[N, 3, H, W]`, labels `[N]` -> float `[N, 3, S, S]`, targets `[N, classes]`."""
-    n, size, device = len(images), recipe.image_size, images.device
+    n, size, device = len(images), recipe.architecture["image_size"], images.device
     x = warp(images.float().div_(255), random_affine(n, how, device), size)
     if how.colour:
         x = change_colour(x, uniform((3, n), 1 - how.colour, 1 + how.colour, device))
-    x = (x.clamp_(0, 1) - channels(recipe.mean, device)) / channels(recipe.std, device)
+    x = x.clamp_(0, 1).sub_(channels(MEAN, device)).div_(channels(STD, device))
     x, targets = mix(x, F.one_hot(labels, classes).float(), mixing_weights(n, size, how, device))
     boxes = random_boxes(uniform((n,), 0.02, 0.33, device), size)
     boxes &= torch.rand(n, 1, 1, 1, device=device) < how.erase
@@ -319,24 +299,22 @@ def distillation_loss(teach: Callable[[Tensor], Output], recipe: Recipe) -> Loss
 
 @dataclass(frozen=True)
 class Setting:
-    """What both phases share: the recipe, and the images, uint8 `[N, 3, H, W]`, on the device."""
+    """What both phases share; the images lie on the device."""
 
     recipe: Recipe
-    classes: int
-    images: Tensor
-    labels: Tensor
-    held_out_images: Tensor
-    held_out_labels: Tensor
+    train: ImageSet
+    held_out: ImageSet
     seed: int
     checkpoints: Path
 
     @property
     def device(self) -> torch.device:
-        return self.images.device
+        return self.train.images.device
 
-    def key(self, *parts: Any) -> str:
+    @property
+    def key(self) -> str:
         """A name for all that a checkpoint must agree with."""
-        text = f"{self.seed} {len(self.images)} {self.device.type} {parts}"
+        text = f"{self.recipe} {self.seed} {len(self.train)} {self.device.type}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -376,14 +354,24 @@ class Run:
         print(f"continuing {path} after epoch {self.epoch} of {self.epochs}", flush=True)
 
 
-def hold_out(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Indices of the images to train on, and of `share` of each class (at least one) held out."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+def labels_of(images: ImageSet) -> Tensor:
+    assert images.labels is not None
+    return images.labels
+
+
+def hold_out(images: ImageSet, share: float, device: torch.device) -> tuple[ImageSet, ImageSet]:
+    """Split off `share` of each class, at least one image; both parts move to the device."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+    labels = labels_of(images)
     members = [order[labels[order] == label] for label in labels.unique()]
     counts = [max(1, round(share * len(m))) for m in members]
-    train = torch.cat([m[n:] for m, n in zip(members, counts, strict=True)])
-    held_out = torch.cat([m[:n] for m, n in zip(members, counts, strict=True)])
-    return train.sort().values, held_out.sort().values
+    train = torch.cat([m[n:] for m, n in zip(members, counts, strict=True)]).sort().values
+    held_out = torch.cat([m[:n] for m, n in zip(members, counts, strict=True)]).sort().values
+    parts = [
+        replace(images, images=images.images[i].to(device), labels=labels[i].to(device))
+        for i in (train, held_out)
+    ]
+    return parts[0], parts[1]
 
 
 def make_optimizer(module: nn.Module, phase: Phase) -> torch.optim.Optimizer:
@@ -418,31 +406,19 @@ def fit_epochs(wanted: int, finished: int, seconds_left: float, seconds_per_epoc
 
 def calm_down(how: Augmentation) -> Augmentation:
     """Views close to the real images, for the last epochs: less noise in the labels."""
-    area = max(how.crop_area, 0.5)
-    return dataclasses.replace(how, mixup=0.0, cutmix=0.0, erase=0.0, crop_area=area)
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bf16 on a GPU, fp32 on a CPU, where bf16 is seldom faster."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    return replace(how, mixup=0, cutmix=0, erase=0, crop_area=max(how.crop_area, 0.5))
 
 
 def train_phase(
-    name: str,
-    setting: Setting,
-    phase: Phase,
-    module: nn.Module,
-    loss: Loss,
-    key: str,
-    seconds: float,
+    name: str, setting: Setting, phase: Phase, module: nn.Module, loss: Loss, seconds: float
 ) -> Run:
     """Train for the phase's epochs, or for fewer if `seconds` do not allow all.
 
-    A checkpoint with the same key is continued, or taken as it is when it was finished.
+    A checkpoint of the same setting is continued, or taken as it is when it was finished.
     """
     ema = ModelEmaV3(module, decay=phase.ema_decay, use_warmup=True)
     run = Run(module, ema, make_optimizer(module, phase), phase.epochs)
-    run.load(setting.checkpoints / f"{name}.pt", key)
+    run.load(setting.checkpoints / f"{name}.pt", setting.key)
     make = functools.cache(functools.partial(make_step, run, setting, phase, loss))
     first, seconds_before = run.epoch + 1, 0.0  # the first epoch compiles: it is not measured
     clock = time.perf_counter()
@@ -464,7 +440,7 @@ def train_phase(
         bar.total = run.epochs
         bar.update()
         if top1 is not None:
-            run.save(setting.checkpoints / f"{name}.pt", key)
+            run.save(setting.checkpoints / f"{name}.pt", setting.key)
             bar.set_postfix_str(f"held-out {top1:.1f} %")
             facts = f"loss {mean_loss:.3f}, held-out {top1:.2f} %, {run.seconds:.0f} s"
             tqdm.write(f"{name} {run.epoch}/{run.epochs}: {facts}")
@@ -476,15 +452,16 @@ def make_step(
     run: Run, setting: Setting, phase: Phase, loss: Loss, calm: bool
 ) -> Callable[[Tensor], Tensor]:
     """One optimisation step: indices of a batch `[N]` -> its loss, without waiting for a GPU."""
-    recipe, on_gpu = setting.recipe, setting.device.type == "cuda"
+    recipe, data, on_gpu = setting.recipe, setting.train, setting.device.type == "cuda"
     how = calm_down(recipe.augmentation) if calm else recipe.augmentation
     forward = torch.compile(run.module) if on_gpu else run.module
 
     def step(batch: Tensor) -> Tensor:
-        images, labels = setting.images[batch], setting.labels[batch]
-        x, targets = augment(images, labels, setting.classes, recipe, how)
+        images, labels = data.images[batch], labels_of(data)[batch]
+        x, targets = augment(images, labels, len(data.classes), recipe, how)
         x = x.to(memory_format=torch.channels_last)
-        with autocast(setting.device):
+        # On a CPU bf16 is seldom faster.
+        with torch.autocast(setting.device.type, torch.bfloat16, enabled=on_gpu):
             value = loss(forward(x), x, targets)
         value.backward()
         norm = nn.utils.clip_grad_norm_(run.module.parameters(), phase.clip_norm)
@@ -523,7 +500,7 @@ def train_epoch(
 ) -> float:
     """One pass over the shuffled images in full batches; waits for the device only at its end."""
     run.module.train()
-    count = len(setting.images)
+    count = len(setting.train)
     steps = max(1, count // phase.batch_size)
     batches = torch.randperm(count, device=setting.device).split(phase.batch_size)[:steps]
     total = torch.zeros((), device=setting.device)
@@ -539,68 +516,53 @@ def train_epoch(
 
 
 def choose_best(run: Run, setting: Setting) -> float:
-    """Top-1 of the averaged weights on the held-out images; the best so far are kept."""
-    with autocast(setting.device):
-        top1 = top1_percent(
-            lambda x: run.ema.module(x)[0],
-            setting.held_out_images,
-            setting.held_out_labels,
-            setting.recipe,
-        )
+    """Top-1 of the averaged weights on the held-out images; the best weights so far are kept."""
+    size = setting.recipe.architecture["image_size"]
+    top1 = top1_percent(lambda x: run.ema.module(x)[0], setting.held_out, size)
     if top1 >= run.best_top1:
         run.best = {name: value.clone() for name, value in run.ema.module.state_dict().items()}
         run.best_epoch, run.best_top1 = run.epoch, top1
     return top1
 
 
-def top1_percent(
-    call: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor, recipe: Recipe
-) -> float:
-    """Accuracy of `call` (normalised images -> logits) on uint8 `[N, 3, H, W]`."""
-    how = Preprocessing(recipe.image_size, recipe.mean, recipe.std)
-    logits = predict(call, images, how, min(500, len(images)), images.device)
-    return percent(logits.argmax(1) == labels.cpu())
+def top1_percent(call: Callable[[Tensor], Tensor], images: ImageSet, size: int) -> float:
+    """Accuracy of `call` (normalised images `[N, 3, size, size]` -> logits) in fp32."""
+    how = Preprocessing(size, MEAN, STD)
+    logits = predict(call, images.images, how, min(500, len(images)), images.images.device)
+    return percent(logits.argmax(1) == labels_of(images).cpu())
 
 
 def train_teacher(setting: Setting, phase: Phase, seconds: float) -> tuple[Teacher, Run]:
-    recipe = setting.recipe
     torch.manual_seed(setting.seed)
-    teacher = Teacher(recipe.teacher_width, setting.classes)
+    teacher = Teacher(setting.recipe.teacher_width, len(setting.train.classes))
     teacher.to(setting.device).to(memory_format=torch.channels_last)
-    key = setting.key(phase, recipe.teacher_width, recipe.augmentation, recipe.label_smoothing)
-    loss = label_loss(recipe.label_smoothing)
-    run = train_phase("teacher", setting, phase, teacher, loss, key, seconds)
+    loss = label_loss(setting.recipe.label_smoothing)
+    run = train_phase("teacher", setting, phase, teacher, loss, seconds)
     teacher.load_state_dict(run.best)
     return teacher.eval().requires_grad_(False), run
 
 
 def train_student(setting: Setting, teacher: Teacher | None, seconds: float) -> tuple[Any, Run]:
     """Train the ViT with the teacher, or from the labels alone; return it with its best weights."""
-    recipe = setting.recipe
     torch.manual_seed(setting.seed)  # the same start whether or not the teacher was just trained
-    shape = architecture(recipe, setting.classes)
-    vit = models.build_reference_vit(**shape, drop_path=recipe.drop_path)
-    loss: Loss = label_loss(recipe.label_smoothing)
+    recipe, classes = setting.recipe, len(setting.train.classes)
+    vit = models.build_reference_vit(
+        **recipe.architecture, num_classes=classes, drop_path=recipe.drop_path
+    )
+    loss = label_loss(recipe.label_smoothing)
     guide: nn.Module = nn.Identity()
     if teacher is not None:
         on_gpu = setting.device.type == "cuda"
         loss = distillation_loss(torch.compile(teacher) if on_gpu else teacher, recipe)
-        guide = nn.Linear(recipe.width, teacher.head.in_features)
+        guide = nn.Linear(recipe.architecture["width"], teacher.head.in_features)
     student = Student(vit, guide)
     student.to(setting.device).to(memory_format=torch.channels_last)
-    key = setting.key(recipe)
-    run = train_phase("student", setting, recipe.student, student, loss, key, seconds)
+    run = train_phase("student", setting, recipe.student, student, loss, seconds)
     student.load_state_dict(run.best)
     return student.vit, run
 
 
 # --- the result -----------------------------------------------------------------------------------
-
-
-def architecture(recipe: Recipe, classes: int) -> dict[str, int]:
-    """The arguments of `build_reference_vit`."""
-    names = ("image_size", "patch_size", "width", "depth", "heads")
-    return {name: getattr(recipe, name) for name in names} | {"num_classes": classes}
 
 
 @torch.no_grad()
@@ -624,26 +586,26 @@ def describe_run(name: str, run: Run) -> dict[str, Any]:
 def evaluate_rounded(
     vit: nn.Module, recipe: Recipe, test_set: ImageSet, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Round the weights to fp16, evaluate them in fp32 as a user will, describe both."""
+    """Round the weights to fp16, evaluate them in fp32 as `load_model` will, describe both."""
     state = {
         name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
         for name, value in vit.state_dict().items()
     }
-    shape = architecture(recipe, len(test_set.classes))
+    shape = recipe.architecture | {"num_classes": len(test_set.classes)}
     rounded = models.build_reference_vit(**shape).eval()
     rounded.load_state_dict({name: value.float() for name, value in state.items()})
-    sample = sample_logits(rounded, recipe.image_size)
-    assert test_set.labels is not None
-    images = test_set.images.to(device)
+    sample = sample_logits(rounded, shape["image_size"])
+    on_device = replace(test_set, images=test_set.images.to(device))
+    top1 = top1_percent(rounded.to(device), on_device, shape["image_size"])
     return state, {
         "architecture": shape,
-        "mean": recipe.mean,
-        "std": recipe.std,
+        "mean": MEAN,
+        "std": STD,
         "classes": test_set.classes,
         "dataset": recipe.dataset,
         "split": test_set.split,
         "n_images": len(test_set),
-        "top1": round(top1_percent(rounded.to(device), images, test_set.labels, recipe), 2),
+        "top1": round(top1, 2),
         "sample_logits": sample,
         "recipe": dataclasses.asdict(recipe),
     }
@@ -659,63 +621,27 @@ def write_model(path: Path, state: dict[str, Tensor], card: dict[str, Any]) -> N
     temporary.replace(path.with_suffix(".json"))
 
 
-def positive_minutes(text: str) -> float:
+def minutes(text: str) -> float:
     """Argument type: a number above 0."""
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = math.nan
-    if not minutes > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes above 0")
-    return minutes
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+    return float(text)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add, number, names = parser.add_argument, cli.positive_int, models.REFERENCE_MODELS
     add("--model", choices=names, default=names[0], help="what to train")
-    add("--data-dir", type=Path, help="folder of the data set (default: data/<set>)")
-    add("--num-images", type=number, help="training images, class-balanced (default: all)")
+    add("--data-dir", type=Path, help="folder of the data set; data/<dataset> if not given")
+    add("--num-images", type=number, help="training images, class-balanced; all if not given")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-    add("--epochs", type=number, help="of the student (default: the recipe's)")
+    add("--epochs", type=number, help="of the student; the recipe's if not given")
     add("--seed", type=int, default=0, help="of everything random but the held-out images")
-    add(
-        "--max-minutes",
-        type=positive_minutes,
-        default=math.inf,
-        help="training time in minutes: \
-plans fewer epochs if need be",
-    )
-    add(
-        "--output-dir",
-        type=Path,
-        help="for weights and card (default: weights; with --quick, \
-the checkpoints' folder)",
-    )
+    add("--max-minutes", type=minutes, default=math.inf, help="of training: may plan fewer epochs")
+    add("--output-dir", type=Path, help="for weights and card; weights/ if not given")
     add("--checkpoint-dir", type=Path, default=Path("results/train_reference"), help="for resuming")
-    add("--quick", action="store_true", help="one epoch on few images, to see that all works")
+    add("--quick", action="store_true", help="few images, one epoch; keeps out of weights/")
     return parser.parse_args(argv)
-
-
-def prepare(
-    recipe: Recipe, images: ImageSet, device: torch.device, seed: int, checkpoints: Path
-) -> Setting:
-    """Hold some images out and move all to the device."""
-    assert images.labels is not None
-    train, held_out = hold_out(images.labels, recipe.held_out)
-    pixels = (images.images[part].to(device) for part in (train, held_out))
-    labels = (images.labels[part].to(device) for part in (train, held_out))
-    (train_pixels, held_pixels), (train_labels, held_labels) = pixels, labels
-    return Setting(
-        recipe,
-        len(images.classes),
-        train_pixels,
-        train_labels,
-        held_pixels,
-        held_labels,
-        seed,
-        checkpoints,
-    )
 
 
 @cli.command
@@ -739,11 +665,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             take_subset(images, min(len(images), QUICK_IMAGES), args.seed)
             for images in (train_set, test_set)
         )
-    setting = prepare(recipe, train_set, device, args.seed, checkpoints)
-    facts: dict[str, Any] = {"seed": args.seed, "torch": torch.__version__}
+    train, held_out = hold_out(train_set, recipe.held_out, device)
+    setting = Setting(recipe, train, held_out, args.seed, checkpoints)
+    facts: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
     facts["hardware"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    facts["training_images"] = len(setting.images)
-    facts["held_out_images"] = len(setting.held_out_images)
+    facts |= {"seed": args.seed, "training_images": len(train), "held_out_images": len(held_out)}
     teacher, seconds = None, 60 * args.max_minutes
     if recipe.teacher is not None:
         teacher, run = train_teacher(setting, recipe.teacher, recipe.teacher_share * seconds)
