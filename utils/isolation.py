@@ -29,7 +29,10 @@ class Worker:
     """One process that runs functions one after the other and keeps their module's state."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")  # neither CUDA nor OpenMP survives a fork
+        # A server process imports the slow libraries once and forks the workers from itself. It
+        # runs nothing, so no CUDA context and no OpenMP thread is lost in the fork.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["torch", "timm", "pandas"])
         self._pool = ProcessPoolExecutor(1, context, initializer=_prepare)
         self._pool.submit(os.getpid)  # starts the process, which goes on importing by itself
 
