@@ -56,6 +56,7 @@ SHOWN = {
 QUICK = {
     "model": "vit_digits",
     "dataset": "digits",
+    "device": "cpu",
     "candidates": ["fp32", "int8-eager", "onnx-int8"],
     "batch_sizes": [16],
     "rounds": 7,
@@ -102,7 +103,7 @@ def build_bf16_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
 
 
 def build_int8_eager(module: nn.Module, example: Tensor, job: Job) -> Variant:
-    """Dynamic int8 by PyTorch's eager-mode quantize_dynamic."""
+    """Dynamic int8 by PyTorch's eager-mode quantize_dynamic, per tensor."""
     try:
         from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
         from torch.ao.quantization import quantize_dynamic
@@ -119,12 +120,12 @@ def build_int8_eager(module: nn.Module, example: Tensor, job: Job) -> Variant:
 
 def build_int8_torchao(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Dynamic int8 by torchao's quantize_, per token, compiled."""
-    return quantize_torchao(module, example, int8_torchao_config(), torch.float32)
+    return quantize_torchao(module, example, int8_torchao_config(example), torch.float32)
 
 
 def build_int8_torchao_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Dynamic int8 by torchao over a bfloat16 model, compiled."""
-    return quantize_torchao(module, example, int8_torchao_config(), torch.bfloat16)
+    return quantize_torchao(module, example, int8_torchao_config(example), torch.bfloat16)
 
 
 def build_fp8_torchao_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant:
@@ -145,6 +146,10 @@ def build_int8_pt2e(module: nn.Module, example: Tensor, job: Job) -> Variant:
 
 def build_int8_pt2e_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Dynamic int8 by PT2E, everything else in bfloat16 (autocast), compiled."""
+    if not torch.cpu._is_avx512_supported():
+        raise UnavailableError(
+            "without AVX512 oneDNN falls back to a reference kernel: minutes a call"
+        )
     return quantize_pt2e(module, example, bf16=True)
 
 
@@ -202,7 +207,7 @@ def compile_frozen(call: Callable[[Tensor], Tensor], example: Tensor) -> Callabl
     import torch._inductor.config as inductor
 
     on_gpu = example.is_cuda
-    if not on_gpu and not has_cpp_compiler():
+    if not has_cpp_compiler():
         raise UnavailableError("torch.compile needs a C++ compiler (g++) on this machine")
     inductor.freezing = not on_gpu  # as an option of torch.compile it is ignored
     compiled = torch.compile(call, mode="reduce-overhead" if on_gpu else None)
@@ -228,7 +233,7 @@ def import_torchao() -> Any:
     return torchao.quantization
 
 
-def int8_torchao_config() -> Any:
+def int8_torchao_config(example: Tensor) -> Any:
     """Per-token int8 activations, per-channel int8 weights.
 
     Without VNNI the AVX2 kernel adds pairs of products in 16 bits, which overflow unless the
@@ -236,7 +241,7 @@ def int8_torchao_config() -> Any:
     """
     return import_torchao().Int8DynamicActivationInt8WeightConfig(
         set_inductor_config=False,
-        reduce_range=not torch.cuda.is_available() and not torch.cpu._is_vnni_supported(),
+        reduce_range=not example.is_cuda and not torch.cpu._is_vnni_supported(),
     )
 
 
@@ -306,7 +311,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--threads",
         type=cli.int_list,
-        default=[os.cpu_count() or 1],
+        default=[torch.get_num_threads()],
         help="CPU threads, comma-separated",
     )
     add("--rounds", type=cli.positive_int, default=15, help="interleaved rounds of timing")
@@ -320,7 +325,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--max-slowdown",
         type=cli.positive_float,
         default=4.0,
-        help="a candidate this many times slower than fp32 is timed but not scored",
+        help="a candidate this many times slower than fp32 is timed, not scored",
     )
     add(
         "--memory",
@@ -328,7 +333,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=True,
         help="measure peak memory in a further process per candidate",
     )
-    add("--seed", type=int, default=0, help="seed of subsets, weights and the order of turns")
+    add("--seed", type=cli.seed, default=0, help="seed of subsets, weights and the order of turns")
     add("--output-dir", type=Path, default=Path("results/part1"), help="folder for the CSV")
     add("--quick", action="store_true", help="a small run on digits: under a minute, no network")
     args = parser.parse_args(argv)
@@ -416,14 +421,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             for name, output in logits.items():
                 row = evaluation.accuracy_row(output, logits[BASELINE], labelled.labels, columns)
                 accuracy[name] = row | {"accuracy_batch_size": batch_size}
-            if args.memory:
-                add_memory(block, jobs, timed)
             for name, row in block.items():
                 scores = accuracy.get(name, {}) if row["status"] == "ok" else {}
+                if not scores and row["status"] == "ok":
+                    row.setdefault("reason", f"not scored at batch size {batch_sizes[0]}")
                 rows.append({"model": args.model, "dataset": args.dataset} | setting | scores | row)
+            environment = results.environment(model=args.model, checkpoints=model.checkpoints)
+            results.write_json(output_dir / "environment.json", environment)
             results.write_csv(output_dir / "quantization.csv", rows, COLUMNS)
-    environment = results.environment(model=args.model, checkpoints=model.checkpoints)
-    results.write_json(output_dir / "environment.json", environment)
+            if args.memory:
+                add_memory(rows[-len(jobs) :], jobs, timed)
+                results.write_csv(output_dir / "quantization.csv", rows, COLUMNS)
     results.print_table(rows, SHOWN)
     print(output_dir / "quantization.csv")
     return int(any(row["status"] == "failed" for row in rows))

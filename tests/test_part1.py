@@ -19,7 +19,7 @@ from utils.isolation import UnavailableError, Worker, recorded
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "vit_digits", "--dataset", "digits", "--batch-sizes", "4", "--rounds", "2"]
-SMALL += ["--block-seconds", "0.01", "--num-images", "60", "--threads", "1"]
+SMALL += ["--block-seconds", "0.01", "--num-images", "60", "--threads", "1", "--device", "cpu"]
 
 
 def run_table(tmp_path: Path, *flags: str) -> tuple[int, pd.DataFrame]:
@@ -127,7 +127,7 @@ def test_failing_candidates_become_rows_and_the_others_go_on(
     }
     assert table.reason["broken"] == "ValueError: no such kernel"
     assert table.reason["missing"] == "not installed"
-    assert "died" in table.reason["crashing"]
+    assert "not enough memory" in table.reason["crashing"]
     assert "not scored" in table.reason["slow"]
     assert "NaN" in table.reason["not-finite"]
     assert table.latency_ms_median.notna().to_dict() == {
@@ -144,6 +144,39 @@ def test_worker_keeps_its_state_and_its_errors_come_back():
             worker.run(int, "x")
 
 
+class UnpicklableError(Exception):
+    """Survives no pickling: its arguments are not those of its constructor."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(f"{first} {second}")
+
+
+def raise_unpicklable() -> None:
+    raise UnpicklableError("compiler", "failed")
+
+
+def crash() -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_worker_reports_errors_that_do_not_pickle_and_crashes():
+    with Worker() as worker:
+        with pytest.raises(RuntimeError, match="UnpicklableError: compiler failed"):
+            worker.run(raise_unpicklable)
+        assert worker.run(abs, -1) == 1
+        with pytest.raises(RuntimeError, match=f"ended with {-signal.SIGSEGV}"):
+            worker.run(crash)
+
+
+def test_a_baseline_that_cannot_run_is_a_users_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(part1_quantize, "CANDIDATES", {"fp32": (build_missing, "cpu")})
+    assert part1_quantize.main([*SMALL, "--output-dir", str(tmp_path)]) == 2
+    assert "fp32 did not run at batch size 4: not installed" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_recorded_lets_a_users_error_through():
     row: dict = {}
     with pytest.raises(part1_quantize.cli.UserError), recorded(row):
@@ -153,7 +186,8 @@ def test_recorded_lets_a_users_error_through():
 
 def test_share_counts_layers_parameters_and_multiply_adds():
     module = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 2))
-    share = cost.quantized_share(module, torch.zeros(1, 8), [(16, 8), (4, 16), (99, 99)])
+    counted = cost.count_cost(module, torch.zeros(1, 8))
+    share = cost.quantized_share(counted, [(16, 8), (4, 16), (99, 99)])
     parameters = 8 * 16 + 16 + 16 * 4 + 4 + 4 * 2 + 2
     assert share["quantized_layers"] == 2
     assert share["linear_layers"] == 3
@@ -185,7 +219,8 @@ def test_list_names_every_candidate(capsys: pytest.CaptureFixture[str]):
         (["--rounds", "-1"], "at least 1"),
         (["--block-seconds", "nan"], "above 0"),
         (["--max-slowdown", "0"], "above 0"),
-        (["--seed", "x"], "invalid int"),
+        (["--seed", "x"], "whole number from 0"),
+        (["--seed", "-1"], "whole number from 0"),
         (["--device", "tpu"], "invalid choice"),
         (["--no-such-flag"], "unrecognized"),
         (["--dataset", "tiny-imagenet", "--data-dir", __file__], "no wnids.txt"),

@@ -1,5 +1,6 @@
 """The timing harness on a fake clock: interleaving, ratios, percentiles, drift."""
 
+import contextlib
 import gc
 import math
 from collections.abc import Callable
@@ -84,6 +85,27 @@ def test_drift_common_to_all_is_not_reported_as_a_difference():
     first, last = (np.median(blocks["a"][i].latencies_ms) for i in (0, -1))
     assert last > 2 * first
     assert rows["b"]["speedup"] == pytest.approx(1.0, abs=0.02)
+
+
+def test_candidate_that_fails_in_the_middle_is_left_out_and_the_others_go_on():
+    machine = Machine()
+    steady, good = machine.candidate("a", 1.0), machine.candidate("b", 1.0)
+    turns = iter(range(5))  # fails in its third round, two questions a round
+
+    def failing(calls: int) -> timing.Block:
+        if next(turns, None) is None:
+            raise MemoryError
+        return good(calls)
+
+    candidates = {"a": steady, "b": failing}
+    calls = {"a": 2, "b": 2}
+    blocks = timing.measure_rounds(
+        candidates, 6, calls, guard=lambda _: contextlib.suppress(MemoryError)
+    )
+    assert {name: len(own) for name, own in blocks.items()} == {"a": 6}
+    turns = iter(range(5))
+    with pytest.raises(MemoryError):
+        timing.measure_rounds(candidates, 6, calls)
 
 
 def test_percentiles_are_numpys_and_p99_needs_a_hundred_calls():

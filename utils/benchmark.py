@@ -5,13 +5,13 @@ time of k calls, its memory. The parent asks one at a time, so that none disturb
 """
 
 import contextlib
-import copy
 import gc
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import cli, data, evaluation, timing
-from utils.cost import quantized_share
+from utils.cost import Shape, count_cost, quantized_share
 from utils.isolation import Worker, peak_memory_mb, recorded, reset_peak_memory
-from utils.models import load_model
+from utils.models import LoadedModel, load_model
 
 MEMORY_BATCHES = 3
 
@@ -49,7 +49,7 @@ class Variant:
 
     call: Callable[[Tensor], Any]
     size_bytes: int
-    quantized_shapes: list[tuple[int, int]]  # of the weight matrices that are held in 8 bits
+    quantized_shapes: list[Shape]  # of the weight matrices that are held in 8 bits
     extra_build_seconds: float = 0.0  # spent earlier in the run, on a file that candidates share
 
 
@@ -63,27 +63,38 @@ _served: dict[str, Any] = {}  # in a worker process only: its job, model and var
 
 def open_candidate(job: Job) -> dict[str, Any]:
     """Build the candidate in this process; return the columns known once it is built."""
-    warnings.simplefilter("ignore")  # deprecations of the routes compared; the report names them
+    prepare_process(job)
+    model = load_model(job.model, job.untrained)
+    size = model.preprocessing.input_size
+    cost = count_cost(model.module, torch.zeros(1, 3, size, size))
+    variant, seconds = build_variant(model, job)
+    return {
+        "size_mb": variant.size_bytes / 1e6,
+        "build_seconds": seconds,
+        **quantized_share(cost, variant.quantized_shapes),
+    }
+
+
+def prepare_process(job: Job) -> None:
+    """Set this worker's global state: no gradients, threads, TF32 off, seeds."""
+    warnings.simplefilter("ignore")  # deprecations of the routes compared
     torch.set_grad_enabled(False)
     torch.set_num_threads(job.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     cli.seed_everything(job.seed)
-    model = load_model(job.model, job.untrained)
+
+
+def build_variant(model: LoadedModel, job: Job) -> tuple[Variant, float]:
+    """Build the candidate and call it once; return it and the seconds that took."""
     size = model.preprocessing.input_size
-    example = torch.rand(job.batch_size, 3, size, size)
-    original = copy.deepcopy(model.module)
+    example = torch.rand(job.batch_size, 3, size, size, device=job.device)
+    module = model.module.to(job.device)
     start = time.perf_counter()
-    module, example = model.module.to(job.device), example.to(job.device)
     variant = job.build(module, example, job)
     variant.call(example)
     timing.synchronize()
-    seconds = time.perf_counter() - start + variant.extra_build_seconds
     _served.update(job=job, preprocessing=model.preprocessing, variant=variant)
-    return {
-        "size_mb": variant.size_bytes / 1e6,
-        "build_seconds": seconds,
-        **quantized_share(original, example[:1].cpu(), variant.quantized_shapes),
-    }
+    return variant, time.perf_counter() - start + variant.extra_build_seconds
 
 
 def predict_logits(images: np.ndarray) -> np.ndarray:
@@ -112,15 +123,19 @@ def measure_memory(job: Job, images: np.ndarray) -> dict[str, float | None]:
     """Peak memory in MB of building the candidate, and then of running it.
 
     CPU: the resident set of the whole process, libraries included; what building left behind is
-    handed back before the second figure. GPU: what PyTorch allocated.
+    handed back before the second figure. GPU: what PyTorch reserved.
     """
-    open_candidate(job)
+    prepare_process(job)
+    build_variant(load_model(job.model, job.untrained), job)
     load_inputs(images)
     build_peak = peak_memory_mb(job.device)
     gc.collect()
     reset_peak_memory(job.device)
     time_calls(MEMORY_BATCHES)
     return {"build_peak_memory_mb": build_peak, "peak_memory_mb": peak_memory_mb(job.device)}
+
+
+# --- what the parent does -------------------------------------------------------------------------
 
 
 def measure_block(
@@ -147,36 +162,36 @@ def measure_block(
         A row for each candidate, and the logits `[N, C]` of those that were scored.
 
     Raises:
-        RuntimeError: the baseline did not run.
+        UserError, RuntimeError: the baseline did not run.
     """
     baseline = jobs[0].candidate
+    load_before = os.getloadavg()[0]
     rows: dict[str, dict[str, Any]] = {}
     logits: dict[str, Tensor] = {}
     running: dict[str, timing.TimeBlock] = {}
     latency_ms: dict[str, float] = {}
-    os.environ["OMP_NUM_THREADS"] = str(jobs[0].threads)  # inherited by the workers
     with contextlib.ExitStack() as stack:
         workers = [stack.enter_context(Worker()) for _ in jobs]
-        for worker in workers:  # they import side by side; no build starts before all are idle
+        for worker in workers:  # they start side by side; no build begins before all are idle
             worker.run(os.getpid)
         for job, worker in zip(jobs, workers, strict=True):
-            name = job.candidate
+            name, time_block = job.candidate, partial(worker.run, time_calls)
             row = rows[name] = {"candidate": name, "status": "ok"}
             with recorded(row):
                 row |= worker.run(open_candidate, job)
                 worker.run(load_inputs, speed_images.numpy())
-                time_block = partial(worker.run, time_calls)
                 latency_ms[name] = timing.warm_up(time_block)
                 slowdown = latency_ms[name] / latency_ms[baseline]
-                if slowdown > max_slowdown:
+                if accuracy_images is not None and slowdown > max_slowdown:
                     row["reason"] = f"not scored: {slowdown:.0f} times slower than {baseline}"
                 elif accuracy_images is not None:
                     output = worker.run(predict_logits, accuracy_images.numpy())
                     logits[name] = torch.from_numpy(output)
                 running[name] = time_block
             print(f"  {name:20}{describe(row)}", flush=True)
-            if baseline not in running:
-                raise RuntimeError(f"the baseline {baseline} did not run: {row['reason']}")
+            check_baseline(rows[baseline], job.batch_size)
+            if name not in running:
+                worker.stop()  # what it holds is memory that the others need
         calls = {
             name: min(
                 timing.calls_per_block(latency_ms[baseline], block_seconds),
@@ -184,12 +199,23 @@ def measure_block(
             )
             for name in running
         }
-        load_before = os.getloadavg()[0]
-        blocks = timing.measure_rounds(running, rounds, calls, jobs[0].seed)
-        load = {"load_average_before": load_before, "load_average_after": os.getloadavg()[0]}
+        blocks = timing.measure_rounds(
+            running, rounds, calls, jobs[0].seed, guard=lambda name: recorded(rows[name])
+        )
+        check_baseline(rows[baseline], jobs[0].batch_size)
+    load = {"load_average_before": load_before, "load_average_after": os.getloadavg()[0]}
     for name, latency in timing.summarise(blocks, baseline, jobs[0].batch_size).items():
         rows[name] |= latency | load
-    return rows, logits
+    return rows, {name: output for name, output in logits.items() if rows[name]["status"] == "ok"}
+
+
+def check_baseline(row: dict[str, Any], batch_size: int) -> None:
+    """Without its baseline a comparison means nothing: UserError, or RuntimeError if it failed."""
+    message = f"{row['candidate']} did not run at batch size {batch_size}: {row.get('reason')}"
+    if row["status"] == "unavailable":
+        raise cli.UserError(f"{message}; try smaller --batch-sizes")
+    if row["status"] == "failed":
+        raise RuntimeError(message)
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -199,10 +225,14 @@ def describe(row: dict[str, Any]) -> str:
     return f"built in {row['build_seconds']:.1f} s {row.get('reason', '')}"
 
 
-def add_memory(rows: dict[str, dict[str, Any]], jobs: Sequence[Job], images: Tensor) -> None:
+def add_memory(rows: Sequence[dict[str, Any]], jobs: Sequence[Job], images: Tensor) -> None:
     """Measure each candidate's memory in a fresh process, after all timing is done."""
-    for job in tqdm(jobs, desc="memory", disable=None, leave=False):
-        row = rows[job.candidate]
-        if row["status"] == "ok":
-            with recorded(row), Worker() as worker:
-                row |= worker.run(measure_memory, job, images.numpy())
+    for row, job in zip(tqdm(rows, desc="memory", disable=None, leave=False), jobs, strict=True):
+        if row["status"] != "ok":
+            continue
+        outcome: dict[str, Any] = {}
+        with recorded(outcome), Worker() as worker, tempfile.TemporaryDirectory() as folder:
+            outcome |= worker.run(measure_memory, replace(job, folder=folder), images.numpy())
+        if "status" in outcome:  # a measured candidate stays measured
+            outcome = {"reason": f"memory not measured: {outcome['reason']}"}
+        row |= outcome

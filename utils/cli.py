@@ -65,6 +65,13 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """Argument type: a whole number from 0 to 2**32 - 1, which every generator accepts."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {2**32 - 1}")
+    return int(text)
+
+
 def positive_float(text: str) -> float:
     """Argument type: a finite number above 0."""
     try:

@@ -3,10 +3,23 @@
 import io
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+Shape = tuple[int, int]  # of a weight matrix: outputs, inputs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Counts of one model for one input."""
+
+    parameters: int
+    multiply_adds: int  # of the whole model, attention products included
+    linear_layers: Counter[Shape]  # how many of each weight shape
+    layer_multiply_adds: dict[Shape, int]  # of one layer of that shape
 
 
 def state_bytes(module: nn.Module) -> int:
@@ -16,38 +29,39 @@ def state_bytes(module: nn.Module) -> int:
     return buffer.getbuffer().nbytes
 
 
-def count_layers(module: nn.Module, example: Tensor) -> tuple[Counter[tuple[int, int]], dict, int]:
-    """Linear layers by weight shape, multiply-adds of one such layer, and those of the model."""
+def count_cost(module: nn.Module, example: Tensor) -> Cost:
+    """Run the module once on `example` and count."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    linear: Counter[tuple[int, int]] = Counter()
-    macs: dict[tuple[int, int], int] = {}
+    layers: Counter[Shape] = Counter()
+    multiply_adds: dict[Shape, int] = {}
 
     def note(layer: Any, inputs: tuple[Tensor, ...], _: Any) -> None:
         shape = (layer.out_features, layer.in_features)
-        linear[shape] += 1
-        macs[shape] = inputs[0].numel() * layer.out_features
+        layers[shape] += 1
+        multiply_adds[shape] = inputs[0].numel() * layer.out_features
 
     hooks = [m.register_forward_hook(note) for m in module.modules() if isinstance(m, nn.Linear)]
     with FlopCounterMode(display=False) as counter:
         module(example)
     for hook in hooks:
         hook.remove()
-    return linear, macs, counter.get_total_flops() // 2
-
-
-def quantized_share(
-    module: nn.Module, example: Tensor, shapes: Sequence[tuple[int, int]]
-) -> dict[str, Any]:
-    """Which share of layers, parameters and multiply-adds lies in quantised weight matrices."""
-    linear, macs, total_macs = count_layers(module, example)
-    found = Counter(shapes) & linear
     parameters = sum(p.numel() for p in module.parameters())
+    return Cost(parameters, counter.get_total_flops() // 2, layers, multiply_adds)
+
+
+def quantized_share(cost: Cost, shapes: Sequence[Shape]) -> dict[str, float]:
+    """Which share of layers, parameters and multiply-adds lies in quantised weight matrices.
+
+    Args:
+        shapes: of the weight matrices that a candidate holds in 8 bits.
+    """
+    found = Counter(shapes) & cost.linear_layers
+    parameters = sum(outputs * inputs * n for (outputs, inputs), n in found.items())
+    multiply_adds = sum(cost.layer_multiply_adds[shape] * n for shape, n in found.items())
     return {
         "quantized_layers": found.total(),
-        "linear_layers": linear.total(),
-        "quantized_parameters_percent": 100
-        * sum(out * into * n for (out, into), n in found.items())
-        / parameters,
-        "quantized_macs_percent": 100 * sum(macs[s] * n for s, n in found.items()) / total_macs,
+        "linear_layers": cost.linear_layers.total(),
+        "quantized_parameters_percent": 100 * parameters / cost.parameters,
+        "quantized_macs_percent": 100 * multiply_adds / cost.multiply_adds,
     }

@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -35,18 +36,28 @@ class Worker:
         context.set_forkserver_preload(["torch", "timm", "pandas"])
         self._pool = ProcessPoolExecutor(1, context, initializer=_prepare)
         self._pool.submit(os.getpid)  # starts the process, which goes on importing by itself
+        (self._process,) = self._pool._processes.values()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Call a module-level function in the worker and return its result.
 
         Raises:
-            UnavailableError: the process died (a crash, or the system was out of memory).
+            UnavailableError: the process was killed, as the system does when memory runs out.
+            RuntimeError: the process crashed, or its error cannot be sent.
             Exception: whatever the function raised.
         """
         try:
-            return self._pool.submit(function, *arguments).result()
+            return self._pool.submit(_run_portably, function, *arguments).result()
         except BrokenProcessPool as error:
-            raise UnavailableError("its process died: a crash, or not enough memory") from error
+            self._process.join(5)
+            if self._process.exitcode == -signal.SIGKILL:
+                raise UnavailableError("its process was killed: not enough memory?") from error
+            raise RuntimeError(f"its process ended with {self._process.exitcode}") from error
+
+    def stop(self) -> None:
+        """End the process at once, even in the middle of a compilation."""
+        self._process.terminate()
+        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> "Worker":
         return self
@@ -57,10 +68,24 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        processes = list((self._pool._processes or {}).values())
-        for process in processes:  # a worker busy compiling must not hold up Ctrl-C
-            process.terminate()
+        if error is not None:  # a busy worker must not hold up Ctrl-C
+            self._process.terminate()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _run_portably(function: Callable[..., Any], *arguments: Any) -> Any:
+    """In the worker: run, and turn an error that does not survive pickling into one that does."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        inner = getattr(error, "inner_exception", error)  # of a compiler's wrapper
+        if isinstance(inner, torch.OutOfMemoryError):
+            raise MemoryError(first_line(inner)) from None
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            raise RuntimeError(f"{type(error).__name__}: {first_line(error)}") from None
+        raise
 
 
 def _prepare() -> None:
@@ -90,7 +115,7 @@ def first_line(error: Exception) -> str:
 def peak_memory_mb(device: str) -> float | None:
     """Highest memory since the start or the last reset; None where it cannot be read."""
     if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
+        return torch.cuda.max_memory_reserved() / 1e6
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -101,6 +126,7 @@ def peak_memory_mb(device: str) -> float | None:
 def reset_peak_memory(device: str) -> None:
     """Return freed memory to the system and start a new peak (Linux: see proc(5), clear_refs)."""
     if device == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return
     with contextlib.suppress(OSError, AttributeError):

@@ -18,12 +18,13 @@ def export_onnx(module: nn.Module, example: Tensor, folder: Path) -> tuple[Path,
     path = folder / "model.onnx"
     if path.exists():
         return path, float(path.with_suffix(".seconds").read_text())
+    unfinished = path.with_suffix(".tmp")
     start = time.perf_counter()
     with contextlib.redirect_stdout(io.StringIO()):  # the exporter reports its progress
         torch.onnx.export(
             module,
             (example[:1].expand(2, -1, -1, -1),),
-            path,
+            unfinished,
             dynamo=True,
             opset_version=ONNX_OPSET,
             input_names=["images"],
@@ -33,16 +34,17 @@ def export_onnx(module: nn.Module, example: Tensor, folder: Path) -> tuple[Path,
         )
     seconds = time.perf_counter() - start
     path.with_suffix(".seconds").write_text(f"{seconds}")
+    unfinished.replace(path)
     return path, 0.0
 
 
 def onnx_session(path: Path, threads: int) -> Callable[[Tensor], Any]:
-    """Run an ONNX file on the CPU; its threads sleep between calls instead of spinning."""
+    """Run an ONNX file on the CPU; its threads spin within a call and sleep between calls."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda x: session.run(None, {"images": x.numpy()})[0]
 

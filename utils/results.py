@@ -69,7 +69,7 @@ def _format(value: Any, spec: str) -> str:
 
 
 def environment(**extra: Any) -> dict[str, Any]:
-    """CPU or GPU, driver, threads, library versions, commit, command line and time."""
+    """CPU or GPU, driver, library versions, commit, command line and time."""
     return {
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -81,7 +81,6 @@ def environment(**extra: Any) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cpu_instruction_sets": _cpu_instruction_sets(),
         "cpu_cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
         "load_average_1min": round(os.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "gpu_driver": _gpu_query("driver_version"),

@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ LATENCY_COLUMNS = (
 CALLS_FOR_P99 = 100
 WARM_UP_BLOCKS = 20  # at most; stable is when two blocks in a row agree
 STABLE_WITHIN = 0.10
+SLOW_MS = 2000.0
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,14 @@ def synchronize() -> None:
 
 
 def warm_up(time_block: TimeBlock) -> float:
-    """Call until two consecutive blocks agree within 10 %; return the last latency in ms."""
-    latency = float(np.median(time_block(3).latencies_ms))
+    """Call until two consecutive blocks agree within 10 %; return the last latency in ms.
+
+    A candidate so slow that one call takes seconds gets blocks of a single call.
+    """
+    latency = float(np.median(time_block(1).latencies_ms))
+    calls = 3 if latency < SLOW_MS else 1
     for _ in range(WARM_UP_BLOCKS):
-        previous, latency = latency, float(np.median(time_block(3).latencies_ms))
+        previous, latency = latency, float(np.median(time_block(calls).latencies_ms))
         if abs(latency - previous) <= STABLE_WITHIN * previous:
             break
     return latency
@@ -132,19 +138,30 @@ def calls_per_block(latency_ms: float, block_seconds: float, most: int = 1000) -
 
 
 def measure_rounds(
-    candidates: Mapping[str, TimeBlock], rounds: int, calls: Mapping[str, int], seed: int = 0
+    candidates: Mapping[str, TimeBlock],
+    rounds: int,
+    calls: Mapping[str, int],
+    seed: int = 0,
+    guard: Callable[[str], AbstractContextManager[Any]] = nullcontext,
 ) -> dict[str, list[Block]]:
     """Give every candidate one block of its `calls` in each round, in shuffled order.
 
     One untimed call precedes each block: it brings the candidate's code and weights back into the
-    caches and lets another candidate's spinning worker threads go to sleep.
+    caches and lets another candidate's spinning worker threads go to sleep. A candidate whose
+    error `guard(name)` swallows is left out of the remaining rounds and of the result.
     """
     generator = np.random.default_rng(seed)
     blocks: dict[str, list[Block]] = {name: [] for name in candidates}
     for _ in tqdm(range(rounds), desc="timing", unit="round", disable=None, leave=False):
-        for name in generator.permutation(list(candidates)):
-            candidates[name](1)
-            blocks[name].append(candidates[name](calls[name]))
+        for name in generator.permutation(list(blocks)).tolist():
+            block = None
+            with guard(name):
+                candidates[name](1)
+                block = candidates[name](calls[name])
+            if block is None:
+                del blocks[name]
+            else:
+                blocks[name].append(block)
     return blocks
 
 
