@@ -419,8 +419,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 jobs, timed, unscored, args.rounds, args.block_seconds, args.max_slowdown
             )
             for name, output in logits.items():
-                row = evaluation.accuracy_row(output, logits[BASELINE], labelled.labels, columns)
-                accuracy[name] = row | {"accuracy_batch_size": batch_size}
+                accuracy[name] = evaluation.accuracy_row(
+                    output, logits[BASELINE], labelled.labels, columns
+                ) | {"accuracy_batch_size": batch_size}
             for name, row in block.items():
                 scores = accuracy.get(name, {}) if row["status"] == "ok" else {}
                 if not scores and row["status"] == "ok":

@@ -49,7 +49,7 @@ class Worker:
         try:
             return self._pool.submit(_run_portably, function, *arguments).result()
         except BrokenProcessPool as error:
-            self._process.join(5)
+            self._pool.shutdown(wait=True)  # two threads asking for an exit code lose it
             if self._process.exitcode == -signal.SIGKILL:
                 raise UnavailableError("its process was killed: not enough memory?") from error
             raise RuntimeError(f"its process ended with {self._process.exitcode}") from error
