@@ -100,7 +100,7 @@ def test_cosine_ignores_a_shift_common_to_all_classes():
 def test_row_scores_the_chosen_logits_and_the_full_head():
     """Classes 3 and 1 of a 4-way head; in the second image class 0 wins the full head."""
     logits = torch.tensor([[0.0, 1.0, 0.0, 2.0], [9.0, 5.0, 0.0, 1.0], [0.0, 4.0, 0.0, 3.0]])
-    row = evaluation.accuracy_row(logits, logits, torch.tensor([0, 1, 0]), [3, 1])
+    row = evaluation.accuracy_row(logits, logits.clone(), torch.tensor([0, 1, 0]), [3, 1])
     assert row["top1_percent"] == pytest.approx(200 / 3)
     assert row["top1_full_head_percent"] == pytest.approx(100 / 3)
     assert row["top5_percent"] == 100
@@ -108,6 +108,14 @@ def test_row_scores_the_chosen_logits_and_the_full_head():
     assert row["top1_difference_points"] == 0
     assert row["num_images"] == 3
     assert set(row) == set(evaluation.ACCURACY_COLUMNS)
+
+
+def test_baseline_has_accuracy_but_no_difference_to_itself():
+    logits = torch.eye(3)
+    row = evaluation.accuracy_row(logits, logits, torch.tensor([0, 1, 1]), [0, 1, 2])
+    assert row["top1_percent"] == pytest.approx(200 / 3)
+    assert row["top1_difference_points"] is None
+    assert row["top1_difference_high_points"] is None
 
 
 def test_row_without_scorable_classes_keeps_fidelity_and_leaves_accuracy_empty():

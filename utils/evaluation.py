@@ -74,14 +74,15 @@ def accuracy_row(
     if labels is None or columns is None:
         return row
     correct, correct_baseline = (x.argmax(1) == labels for x in (scored, scored_baseline))
-    difference = paired_difference(correct, correct_baseline)
     row["top1_percent"] = percent(correct)
     row["top5_percent"] = percent(top_k_correct(scored, labels, 5))
     if len(columns) < logits.shape[1]:
         row["top1_full_head_percent"] = percent(logits.argmax(1) == torch.tensor(columns)[labels])
-    row["top1_difference_points"] = difference.points
-    row["top1_difference_low_points"] = difference.low
-    row["top1_difference_high_points"] = difference.high
+    if logits is not baseline:  # the baseline's difference to itself is no measurement
+        difference = paired_difference(correct, correct_baseline)
+        row["top1_difference_points"] = difference.points
+        row["top1_difference_low_points"] = difference.low
+        row["top1_difference_high_points"] = difference.high
     return row
 
 
