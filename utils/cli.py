@@ -26,6 +26,11 @@ class UserError(Exception):
     """Something the user can mend. Its text says in one line what is wrong and what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser that shows defaults and reports bad values as one `error: …` line."""
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from utils.cli import UserError
+from utils.cli import UserError, first_line
 
 
 class UnavailableError(Exception):
@@ -68,9 +68,10 @@ class Worker:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:  # a busy worker must not hold up Ctrl-C
-            self._process.terminate()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if error is None:
+            self._pool.shutdown(wait=True)
+        else:  # a busy worker must not hold up Ctrl-C
+            self.stop()
 
 
 def _run_portably(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -105,11 +106,6 @@ def recorded(row: dict[str, Any]) -> Iterator[None]:
         row.update(status="unavailable", reason=first_line(error))
     except Exception as error:
         row.update(status="failed", reason=f"{type(error).__name__}: {first_line(error)}")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def peak_memory_mb(device: str) -> float | None:

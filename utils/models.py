@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from utils.cli import UserError, check_name
+from utils.cli import UserError, check_name, first_line
 from utils.data import ImageSet, Preprocessing
 
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
@@ -167,7 +167,7 @@ def _load_state(module: nn.Module, path: Path) -> None:
     except DAMAGED_CHECKPOINT as error:
         raise UserError(
             f"{path} is not the checkpoint it should be, or holds more than weights "
-            f"({_first_line(error)}): delete it and run again"
+            f"({first_line(error)}): delete it and run again"
         ) from error
 
 
@@ -195,7 +195,7 @@ def _load_timm(name: str, untrained: bool) -> LoadedModel:
         module = timm.create_model(name, pretrained=not untrained)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"cannot load timm/{name} ({_first_line(error)}): connect to huggingface.co once, or "
+            f"cannot load timm/{name} ({first_line(error)}): connect to huggingface.co once, or "
             "add --untrained to measure latency only"
         ) from error
     if untrained:
@@ -314,7 +314,3 @@ def sha256_of(path: Path) -> str:
     """The SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
