@@ -681,3 +681,17 @@ def test_unknown_data_set(tmp_path: Path) -> None:
     text = error_of("imagenet", "test", tmp_path)
     assert "unknown data set 'imagenet'" in text
     assert all(name in text for name in data.DATASETS)
+
+
+def test_held_out_images_are_stratified_disjoint_and_always_the_same():
+    labels = torch.arange(200).remainder(4).sort().values
+    images = torch.arange(200, dtype=torch.uint8).view(200, 1, 1, 1)
+    whole = ImageSet("x", "train", images, labels, ("a", "b", "c", "d"))
+    train, held_out = data.hold_out(whole, 0.1)
+    assert data.labels_of(held_out).bincount().tolist() == [5, 5, 5, 5]
+    assert torch.cat([train.images, held_out.images]).flatten().sort().values.tolist() == list(
+        range(200)
+    )
+    assert torch.equal(data.labels_of(train), labels[train.images.flatten().long()])
+    torch.manual_seed(99)
+    assert torch.equal(data.hold_out(whole, 0.1)[1].images, held_out.images)

@@ -16,7 +16,7 @@ from torch import nn
 
 from utils import train_reference as tr
 from utils.cli import UserError
-from utils.data import ROOT, ImageSet, Preprocessing, load_images, preprocess
+from utils.data import ROOT, ImageSet, Preprocessing, hold_out, load_images, preprocess
 from utils.models import REFERENCE_MODELS, WEIGHTS_DIR, load_model, sha256_of
 
 CPU = torch.device("cpu")
@@ -26,86 +26,6 @@ SIZE_LIMIT_BYTES = {"vit_tiny_imagenet": 22_000_000, "vit_digits": 1_000_000}
 
 
 # --- augmentation ---------------------------------------------------------------------------------
-
-
-def ramp(n: int = 1, size: int = 4) -> torch.Tensor:
-    return torch.arange(n * 3 * size * size).float().view(n, 3, size, size)
-
-
-@pytest.mark.parametrize(
-    ("matrix", "expected"),
-    [
-        ([[1, 0, 0], [0, 1, 0]], lambda x: x),
-        ([[-1, 0, 0], [0, 1, 0]], lambda x: x.flip(3)),
-        ([[0, 1, 0], [-1, 0, 0]], lambda x: x.rot90(-1, (2, 3))),
-        ([[1, 0, 0.5], [0, 1, 0]], lambda x: x[..., [1, 2, 3, 3]]),  # one pixel; reflected
-    ],
-)
-def test_warp_moves_pixels_exactly(matrix, expected):
-    x = ramp()
-    warped = tr.warp(x, torch.tensor([matrix]).float(), 4)
-    torch.testing.assert_close(warped, expected(x), atol=1e-3, rtol=0)
-
-
-def test_random_affine_does_nothing_when_switched_off():
-    identity = torch.eye(2, 3).expand(8, 2, 3)
-    assert torch.equal(tr.random_affine(8, NOTHING, CPU), identity)
-
-
-def test_random_affine_crops_inside_the_image_and_flips_half():
-    torch.manual_seed(0)
-    how = replace(NOTHING, flip=True, crop_area=0.25)
-    affine = tr.random_affine(4000, how, CPU)
-    width, height = affine[:, 0, 0], affine[:, 1, 1]
-    assert (width.abs() + affine[:, 0, 2].abs() <= 1 + 1e-5).all()
-    assert (height + affine[:, 1, 2].abs() <= 1 + 1e-5).all()
-    area = width.abs() * height
-    assert area.max() <= 1
-    assert area.min() > 0.24
-    assert (width < 0).float().mean() == pytest.approx(0.5, abs=0.05)
-    assert affine[:, 0, 1].eq(0).all()  # no rotation
-
-
-def test_colour_factors():
-    x = torch.rand(2, 3, 4, 4)
-    one = torch.ones(2)
-    change = tr.change_colour
-    torch.testing.assert_close(change(x, torch.stack([one, one, one])), x)
-    torch.testing.assert_close(change(x, torch.stack([2 * one, one, one])), 2 * x)
-    flat = x.mean((1, 2, 3), keepdim=True).expand_as(x)
-    torch.testing.assert_close(change(x, torch.stack([one, 0 * one, one])), flat)
-    grey = x.mean(1, keepdim=True).expand_as(x)
-    torch.testing.assert_close(change(x, torch.stack([one, one, 0 * one])), grey)
-
-
-def test_random_boxes_are_squares_of_the_share_asked_for():
-    torch.manual_seed(0)
-    boxes = tr.random_boxes(torch.tensor([0.0, 0.25, 1.0, 0.1]), 8)
-    assert boxes.shape == (4, 1, 8, 8)
-    assert boxes.sum((1, 2, 3)).tolist() == [0, 16, 64, 9]
-    rows = boxes[1, 0].any(1).nonzero()
-    assert rows.max() - rows.min() == 3  # contiguous
-
-
-def test_mixing_weights_by_kind():
-    torch.manual_seed(0)
-    untouched = tr.mixing_weights(50, 8, NOTHING, CPU)
-    mixup = tr.mixing_weights(50, 8, replace(NOTHING, mixup=1.0), CPU)
-    cutmix = tr.mixing_weights(50, 8, replace(NOTHING, cutmix=1.0), CPU)
-    assert untouched.eq(1).all()
-    assert (mixup.amax((1, 2, 3)) == mixup.amin((1, 2, 3))).all()
-    assert mixup.unique().numel() == 50
-    assert set(cutmix.unique().tolist()) == {0.0, 1.0}
-
-
-def test_mix_blends_images_and_targets_alike():
-    x = torch.tensor([1.0, 5.0]).view(2, 1, 1, 1).expand(2, 3, 2, 2)
-    weights = torch.ones(2, 1, 2, 2)
-    weights[0, 0, 0, 0] = 0  # a quarter of the first image comes from the second
-    mixed, targets = tr.mix(x, torch.eye(2), weights)
-    assert mixed[0, 0].tolist() == [[5, 1], [1, 1]]
-    assert mixed[1].eq(5).all()
-    assert targets.tolist() == [[0.75, 0.25], [0, 1]]
 
 
 def test_augment_switched_off_is_the_preprocessing_of_evaluation():
@@ -136,39 +56,7 @@ def test_erasing_sets_a_square_to_the_mean():
     assert (erased < 0.35).all()
 
 
-# --- held-out images, schedule, losses ------------------------------------------------------------
-
-
-def test_held_out_images_are_stratified_disjoint_and_always_the_same():
-    labels = torch.arange(200).remainder(4).sort().values
-    images = torch.arange(200, dtype=torch.uint8).view(200, 1, 1, 1)
-    whole = ImageSet("x", "train", images, labels, ("a", "b", "c", "d"))
-    train, held_out = tr.hold_out(whole, 0.1, CPU)
-    assert tr.labels_of(held_out).bincount().tolist() == [5, 5, 5, 5]
-    assert torch.cat([train.images, held_out.images]).flatten().sort().values.tolist() == list(
-        range(200)
-    )
-    assert torch.equal(tr.labels_of(train), labels[train.images.flatten().long()])
-    torch.manual_seed(99)
-    assert torch.equal(tr.hold_out(whole, 0.1, CPU)[1].images, held_out.images)
-
-
-def test_learning_rate_agrees_with_torch_schedulers():
-    steps, warmup, peak = 50, 8, 0.3
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
-    reference = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1),
-            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup),
-        ],
-        milestones=[warmup],
-    )
-    for step in range(steps):
-        ours = tr.learning_rate(step, steps, warmup, peak)
-        assert ours == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
-        optimizer.step()
-        reference.step()
+# --- schedule, losses -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -230,7 +118,7 @@ def test_teacher_and_student_see_the_same_grid():
 
 def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
     images = load_images("digits", "train", num_images=100)
-    train, held_out = tr.hold_out(images, 0.1, CPU)
+    train, held_out = hold_out(images, 0.1)
     recipe = tr.RECIPES["vit_digits"]
     setting = tr.Setting(recipe, train, held_out, 0, tmp_path)
     with pytest.raises(UserError, match="lower the learning rate"):

@@ -29,6 +29,7 @@ from utils.cli import UserError
 ROOT = Path(__file__).resolve().parent.parent
 CACHE_DIR = ROOT / "data" / "cache"
 CACHE_VERSION = 1  # raise it when decoding changes
+HELD_OUT_SEED = 0  # fixed, so that recipes and seeds are compared on the same images
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 DATASETS = ("tiny-imagenet", "cifar100", "digits", "folder")
@@ -117,6 +118,33 @@ def _balanced_order(labels: Tensor) -> Tensor:
         members = (labels == label).nonzero().squeeze(1)
         rank_in_class[members] = torch.arange(len(members))
     return rank_in_class.argsort(stable=True)
+
+
+def labels_of(images: ImageSet) -> Tensor:
+    """The labels of a set that must have them."""
+    assert images.labels is not None, f"{images.dataset} {images.split} has no labels"
+    return images.labels
+
+
+def to_device(images: ImageSet, device: torch.device) -> ImageSet:
+    """The same set with images and labels in the device's memory."""
+    labels = None if images.labels is None else images.labels.to(device)
+    return replace(images, images=images.images.to(device), labels=labels)
+
+
+def hold_out(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
+    """Split off `share` of each class, at least one image, always the same: (rest, held out)."""
+    labels = labels_of(images).cpu()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
+    members = [order[labels[order] == label] for label in labels.unique()]
+    counts = [max(1, round(share * len(m))) for m in members]
+    rest = torch.cat([m[n:] for m, n in zip(members, counts, strict=True)]).sort().values
+    held_out = torch.cat([m[:n] for m, n in zip(members, counts, strict=True)]).sort().values
+    first, second = (
+        replace(images, images=images.images[i], labels=labels_of(images)[i])
+        for i in (i.to(images.images.device) for i in (rest, held_out))
+    )
+    return first, second
 
 
 def preprocess(images: Tensor, how: Preprocessing, device: torch.device | str = "cpu") -> Tensor:

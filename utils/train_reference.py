@@ -32,12 +32,21 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import cli, models
+from utils import augmentation, cli, models
 from utils.cli import UserError
-from utils.data import ACCURACY_SPLIT, ImageSet, Preprocessing, load_images, take_subset
+from utils.data import (
+    ACCURACY_SPLIT,
+    ImageSet,
+    Preprocessing,
+    hold_out,
+    labels_of,
+    load_images,
+    take_subset,
+    to_device,
+)
 from utils.evaluation import percent, predict
+from utils.training import capture, memory_format, warmup_cosine
 
-HELD_OUT_SEED = 0  # fixed, so that recipes and seeds are compared on the same images
 QUICK_IMAGES = 300
 MEAN, STD = models.IMAGENET_MEAN, models.IMAGENET_STD
 
@@ -121,7 +130,7 @@ def shorten(recipe: Recipe) -> Recipe:
     return replace(recipe, student=student, teacher=teacher, teacher_width=8)
 
 
-# --- augmentation: a few kernels a batch, on the device, each image with its own random numbers ---
+# --- augmentation ---------------------------------------------------------------------------------
 
 
 def augment(
@@ -129,83 +138,17 @@ def augment(
 ) -> tuple[Tensor, Tensor]:
     """uint8 `[N, 3, H, W]`, labels `[N]` -> float `[N, 3, S, S]`, targets `[N, classes]`."""
     n, size, device = len(images), recipe.architecture["image_size"], images.device
-    x = warp(images.float().div_(255), random_affine(n, how, device), size)
+    maps = augmentation.random_affine(n, how.crop_area, how.rotation, how.flip, device)
+    x = augmentation.warp(images.float().div_(255), maps, size)
     if how.colour:
-        x = change_colour(x, uniform((3, n), 1 - how.colour, 1 + how.colour, device))
-    x = x.clamp_(0, 1).sub_(channels(MEAN, device)).div_(channels(STD, device))
-    x, targets = mix(x, F.one_hot(labels, classes).float(), mixing_weights(n, size, how, device))
-    boxes = random_boxes(uniform((n,), 0.02, 0.33, device), size)
+        factors = augmentation.uniform((3, n), 1 - how.colour, 1 + how.colour, device)
+        x = augmentation.change_colour(x, factors)
+    x = augmentation.normalize(x.clamp_(0, 1), MEAN, STD)
+    weights = augmentation.mixing_weights(n, size, how.mixup, how.cutmix, device)
+    x, targets = augmentation.mix(x, F.one_hot(labels, classes).float(), weights)
+    boxes = augmentation.random_boxes(augmentation.uniform((n,), 0.02, 0.33, device), size)
     boxes &= torch.rand(n, 1, 1, 1, device=device) < how.erase
     return x.masked_fill(boxes, 0), targets
-
-
-@functools.cache  # copied to the device once: a copy in every step would wait for the device
-def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, device=device).view(1, -1, 1, 1)
-
-
-def uniform(shape: tuple[int, ...], low: float, high: float, device: torch.device) -> Tensor:
-    return torch.rand(shape, device=device) * (high - low) + low
-
-
-def random_affine(n: int, how: Augmentation, device: torch.device) -> Tensor:
-    """Random crop, flip and rotation as maps `[N, 2, 3]` from output to input coordinates.
-
-    Crops as by Szegedy et al. 2015: area from `crop_area` to 1, aspect ratio from 3/4 to 4/3.
-    """
-    area = uniform((n,), how.crop_area, 1, device)
-    stretch = torch.exp(uniform((n,), -0.5, 0.5, device) * math.log(4 / 3) * (how.crop_area < 1))
-    width, height = ((area.sqrt() * s).clamp(max=1) for s in (stretch, 1 / stretch))
-    x0, y0 = ((1 - side) * uniform((n,), -1, 1, device) for side in (width, height))
-    if how.flip:
-        width = width * torch.randint(0, 2, (n,), device=device).mul_(2).sub_(1)
-    angle = uniform((n,), -1, 1, device) * math.radians(how.rotation)
-    cos, sin = angle.cos(), angle.sin()
-    rows = [width * cos, -width * sin, x0, height * sin, height * cos, y0]
-    return torch.stack(rows, dim=1).view(n, 2, 3)
-
-
-def warp(x: Tensor, affine: Tensor, size: int) -> Tensor:
-    """Resample `[N, C, H, W]` through the maps `[N, 2, 3]` into `[N, C, size, size]`."""
-    grid = F.affine_grid(affine, [len(x), x.shape[1], size, size], align_corners=False)
-    return F.grid_sample(x, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
-
-
-def change_colour(x: Tensor, factors: Tensor) -> Tensor:
-    """Scale each image's brightness, contrast and saturation by `factors` `[3, N]`."""
-    brightness, contrast, saturation = factors.view(3, -1, 1, 1, 1)
-    x = x * brightness
-    x = torch.lerp(x.mean((1, 2, 3), keepdim=True), x, contrast)
-    return torch.lerp(x.mean(1, keepdim=True), x, saturation)
-
-
-def random_boxes(area: Tensor, size: int) -> Tensor:
-    """Shares of the area `[N]` -> `[N, 1, S, S]`, True in a random square that lies inside."""
-    side = (area.sqrt() * size).round()
-    corners = (torch.rand(2, len(area), device=area.device) * (size - side + 1)).floor()
-    position = torch.arange(size, device=area.device)
-    after = position >= corners[..., None]
-    rows, columns = after & (position < (corners + side)[..., None])
-    return rows[:, None, :, None] & columns[:, None, None, :]
-
-
-def mixing_weights(n: int, size: int, how: Augmentation, device: torch.device) -> Tensor:
-    """Each pixel's weight of the image itself, `[N, 1, S, S]`; its partner has the rest.
-
-    Mixup (Zhang et al. 2018): one weight everywhere. CutMix (Yun et al. 2019): 0 in a square.
-    """
-    kind, share = torch.rand(2, n, 1, 1, 1, device=device)
-    cut = 1 - random_boxes(share.flatten(), size).float()
-    return torch.where(
-        kind < how.mixup, share, torch.where(kind < how.mixup + how.cutmix, cut, 1.0)
-    )
-
-
-def mix(x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Blend each image and its target with those of its neighbour; batches come shuffled."""
-    share = weights.mean((1, 2, 3))[:, None]
-    x = torch.lerp(x.roll(1, 0), x, weights)
-    return x, torch.lerp(targets.roll(1, 0), targets, share)
 
 
 # --- teacher and student: images -> (logits [N, classes], tokens [N, T, channels]) ----------------
@@ -354,26 +297,6 @@ class Run:
         print(f"continuing {path} after epoch {self.epoch} of {self.epochs}", flush=True)
 
 
-def labels_of(images: ImageSet) -> Tensor:
-    assert images.labels is not None
-    return images.labels
-
-
-def hold_out(images: ImageSet, share: float, device: torch.device) -> tuple[ImageSet, ImageSet]:
-    """Split off `share` of each class, at least one image; both parts move to the device."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
-    labels = labels_of(images)
-    members = [order[labels[order] == label] for label in labels.unique()]
-    counts = [max(1, round(share * len(m))) for m in members]
-    train = torch.cat([m[n:] for m, n in zip(members, counts, strict=True)]).sort().values
-    held_out = torch.cat([m[:n] for m, n in zip(members, counts, strict=True)]).sort().values
-    parts = [
-        replace(images, images=images.images[i].to(device), labels=labels[i].to(device))
-        for i in (train, held_out)
-    ]
-    return parts[0], parts[1]
-
-
 def make_optimizer(module: nn.Module, phase: Phase) -> torch.optim.Optimizer:
     """Weight decay acts on matrices and kernels, not on biases, norms and position embeddings."""
     groups: list[dict[str, Any]] = [
@@ -389,14 +312,6 @@ def make_optimizer(module: nn.Module, phase: Phase) -> torch.optim.Optimizer:
     if phase.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=on_gpu)
     return torch.optim.AdamW(groups, lr=rate, fused=on_gpu, capturable=on_gpu)
-
-
-def learning_rate(step: int, steps: int, warmup_steps: int, peak: float) -> float:
-    """Of a step, counted from 0: linear warm-up to `peak`, then cosine down to zero."""
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def fit_epochs(wanted: int, finished: int, seconds_left: float, seconds_per_epoch: float) -> int:
@@ -459,7 +374,7 @@ def make_step(
     def step(batch: Tensor) -> Tensor:
         images, labels = data.images[batch], labels_of(data)[batch]
         x, targets = augment(images, labels, len(data.classes), recipe, how)
-        x = x.to(memory_format=torch.channels_last)
+        x = x.to(memory_format=memory_format(setting.device))
         # On a CPU bf16 is seldom faster.
         with torch.autocast(setting.device.type, torch.bfloat16, enabled=on_gpu):
             value = loss(forward(x), x, targets)
@@ -474,27 +389,6 @@ def make_step(
     return capture(step, phase.batch_size) if on_gpu else step
 
 
-def capture(step: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tensor], Tensor]:
-    """Record a step as a CUDA graph: it replays at one launch instead of several hundred."""
-    batch = torch.arange(batch_size, device="cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compile, choose kernels, allocate
-            step(batch)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        value = step(batch)
-
-    def replay(chosen: Tensor) -> Tensor:
-        batch.copy_(chosen)
-        graph.replay()
-        return value
-
-    return replay
-
-
 def train_epoch(
     run: Run, setting: Setting, phase: Phase, step: Callable[[Tensor], Tensor]
 ) -> float:
@@ -505,7 +399,7 @@ def train_epoch(
     batches = torch.randperm(count, device=setting.device).split(phase.batch_size)[:steps]
     total = torch.zeros((), device=setting.device)
     for i, batch in enumerate(batches, start=run.epoch * steps):
-        rate = learning_rate(i, run.epochs * steps, phase.warmup * steps, phase.learning_rate)
+        rate = warmup_cosine(i, run.epochs * steps, phase.warmup * steps, phase.learning_rate)
         for group in run.optimizer.param_groups:
             group["lr"].fill_(rate)
         total += step(batch)
@@ -535,7 +429,7 @@ def top1_percent(call: Callable[[Tensor], Tensor], images: ImageSet, size: int) 
 def train_teacher(setting: Setting, phase: Phase, seconds: float) -> tuple[Teacher, Run]:
     torch.manual_seed(setting.seed)
     teacher = Teacher(setting.recipe.teacher_width, len(setting.train.classes))
-    teacher.to(setting.device).to(memory_format=torch.channels_last)
+    teacher.to(setting.device).to(memory_format=memory_format(setting.device))
     loss = label_loss(setting.recipe.label_smoothing)
     run = train_phase("teacher", setting, phase, teacher, loss, seconds)
     teacher.load_state_dict(run.best)
@@ -556,7 +450,7 @@ def train_student(setting: Setting, teacher: Teacher | None, seconds: float) -> 
         loss = distillation_loss(torch.compile(teacher) if on_gpu else teacher, recipe)
         guide = nn.Linear(recipe.architecture["width"], teacher.head.in_features)
     student = Student(vit, guide)
-    student.to(setting.device).to(memory_format=torch.channels_last)
+    student.to(setting.device).to(memory_format=memory_format(setting.device))
     run = train_phase("student", setting, recipe.student, student, loss, seconds)
     student.load_state_dict(run.best)
     return student.vit, run
@@ -595,8 +489,7 @@ def evaluate_rounded(
     rounded = models.build_reference_vit(**shape).eval()
     rounded.load_state_dict({name: value.float() for name, value in state.items()})
     sample = sample_logits(rounded, shape["image_size"])
-    on_device = replace(test_set, images=test_set.images.to(device))
-    top1 = top1_percent(rounded.to(device), on_device, shape["image_size"])
+    top1 = top1_percent(rounded.to(device), to_device(test_set, device), shape["image_size"])
     return state, {
         "architecture": shape,
         "mean": MEAN,
@@ -665,7 +558,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             take_subset(images, min(len(images), QUICK_IMAGES), args.seed)
             for images in (train_set, test_set)
         )
-    train, held_out = hold_out(train_set, recipe.held_out, device)
+    train, held_out = hold_out(to_device(train_set, device), recipe.held_out)
     setting = Setting(recipe, train, held_out, args.seed, checkpoints)
     facts: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
     facts["hardware"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"

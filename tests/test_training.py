@@ -1,0 +1,101 @@
+"""The schedule against PyTorch's, and Muon against its definition."""
+
+import pytest
+import torch
+from torch import nn
+
+from utils.training import Muon, as_kernel, as_matrix, orthogonalize, warmup_cosine
+
+
+def test_warmup_cosine_agrees_with_torch_schedulers():
+    steps, warmup, peak = 50, 8, 0.3
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    reference = torch.optim.lr_scheduler.SequentialLR(
+        optimizer,
+        [
+            torch.optim.lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=warmup - 1),
+            torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - warmup),
+        ],
+        milestones=[warmup],
+    )
+    for step in range(steps):
+        ours = warmup_cosine(step, steps, warmup, peak)
+        assert ours == pytest.approx(reference.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        reference.step()
+
+
+def test_orthogonalized_matrices_have_singular_values_near_one():
+    torch.manual_seed(0)
+    x = torch.randn(3, 16, 144)
+    values = torch.linalg.svdvals(orthogonalize(x, iterations=5).float())
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_orthogonalizing_keeps_the_directions():
+    torch.manual_seed(0)
+    x = torch.randn(1, 8, 72)
+    u, _, vh = torch.linalg.svd(x, full_matrices=False)
+    cosine = torch.cosine_similarity(orthogonalize(x, 5).float().flatten(), (u @ vh).flatten(), 0)
+    assert cosine > 0.98
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_kernels_become_matrices_and_back(memory_format):
+    kernel = torch.randn(6, 4, 3, 3).to(memory_format=memory_format)
+    matrix = as_matrix(kernel)
+    assert matrix.shape == (6, 36)
+    assert matrix[2, :4].equal(kernel[2, :, 0, 0])
+    assert torch.equal(as_kernel(matrix.clone(), kernel), kernel)
+
+
+def test_muon_steps_have_the_length_of_the_learning_rate_and_keep_the_kernels_length():
+    torch.manual_seed(0)
+    kernels = [nn.Parameter(torch.randn(8, 4, 3, 3)) for _ in range(2)]
+    kernels.append(nn.Parameter(torch.randn(16, 8, 3, 3)))
+    optimizer = Muon(kernels, torch.tensor(0.0), momentum=0.9)
+    for kernel in kernels:
+        kernel.grad = torch.randn_like(kernel)
+    optimizer.step()  # at learning rate zero only the length changes
+    for kernel in kernels:
+        assert kernel.norm().item() == pytest.approx(len(kernel) ** 0.5, rel=1e-5)
+    before = [kernel.detach().clone() for kernel in kernels]
+    optimizer.param_groups[0]["lr"].fill_(0.1)
+    optimizer.step()
+    for kernel, old in zip(kernels, before, strict=True):
+        relative = (kernel - old).norm() / old.norm()
+        assert relative.item() == pytest.approx(0.1, rel=0.25)
+
+
+def test_muon_descends():
+    torch.manual_seed(0)
+    kernel = nn.Parameter(torch.randn(4, 2, 3, 3))
+    target = torch.randn(4, 2, 3, 3)
+    target *= 2 / target.norm()
+    optimizer = Muon([kernel], torch.tensor(0.1), momentum=0.6)
+    losses = []
+    for _ in range(60):
+        loss = (kernel - target).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[1]
+
+
+def test_muon_treats_kernels_of_one_shape_each_by_itself():
+    torch.manual_seed(0)
+    start, gradients = torch.randn(2, 8, 4, 3, 3), torch.randn(2, 8, 4, 3, 3)
+    together = [nn.Parameter(x.clone()) for x in start]
+    alone = [nn.Parameter(x.clone()) for x in start]
+    optimizers = [Muon(together, torch.tensor(0.1), 0.9)]
+    optimizers += [Muon([kernel], torch.tensor(0.1), 0.9) for kernel in alone]
+    for _ in range(3):
+        for kernels in (together, alone):
+            for kernel, gradient in zip(kernels, gradients, strict=True):
+                kernel.grad = gradient.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for first, second in zip(together, alone, strict=True):
+        torch.testing.assert_close(first, second, atol=1e-2, rtol=1e-2)  # bf16 products

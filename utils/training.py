@@ -1,0 +1,120 @@
+"""What training loops share: a learning-rate schedule, the Muon optimiser, steps as CUDA graphs."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Quintic whose iteration drives singular values towards 1 (Jordan et al. 2024).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """The layout of images and kernels that a device's convolutions are fastest with."""
+    # Not on CPUs: oneDNN chooses for itself, and with torch 2.14 a channels-last convolution from 3
+    # to 8 channels corrupted the heap in its backward pass (AVX-512, 64x64 images).
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def warmup_cosine(step: int, steps: int, warmup_steps: float, peak: float) -> float:
+    """Learning rate of a step, counted from 0: linear up to `peak`, then cosine down to zero."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def capture(step: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tensor], Tensor]:
+    """Record a step as a CUDA graph: it replays at one launch instead of several hundred.
+
+    `step` takes the indices of a batch, int64 `[batch_size]`, and returns a tensor. It runs three
+    times before the recording, so the learning rate should still be zero.
+    """
+    batch = torch.arange(batch_size, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compile, choose kernels, allocate
+            step(batch)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        value = step(batch)
+
+    def replay(chosen: Tensor) -> Tensor:
+        batch.copy_(chosen)
+        graph.replay()
+        return value
+
+    return replay
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalised, for the kernels of convolutions.
+
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". As each kernel
+    is followed by a normalisation, its length means nothing: it is kept at the square root of its
+    output channels, so that the learning rate is the relative length of a step and weight decay
+    has no role. Kernels of one shape are orthogonalised together, and the learning rate may be a
+    tensor: both for CUDA graphs, which torch.optim.Muon (matrices only) does not serve.
+
+    Args:
+        parameters: kernels `[out, in, height, width]`.
+        lr: learning rate, a 0-d tensor on their device.
+        momentum: Nesterov momentum.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: Tensor, momentum: float) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the parameters from their gradients; `closure` is not supported."""
+        assert closure is None
+        for group in self.param_groups:
+            alike: dict[torch.Size, list[nn.Parameter]] = {}
+            for parameter in group["params"]:
+                alike.setdefault(parameter.shape, []).append(parameter)
+            for kernels in alike.values():
+                self._update(kernels, group["lr"], group["momentum"])
+
+    def _update(self, kernels: list[nn.Parameter], lr: Tensor, momentum: float) -> None:
+        gradients = torch.stack([as_matrix(k.grad) for k in kernels if k.grad is not None])
+        state = self.state[kernels[0]]  # one buffer for all kernels of this shape
+        if not state:
+            state["momentum"] = torch.zeros_like(gradients)
+        velocity = state["momentum"].mul_(momentum).add_(gradients)
+        steps = orthogonalize(gradients.add(velocity, alpha=momentum)).float() * -lr
+        tensors: list[Tensor] = list(kernels)
+        scales = [
+            len(k) ** 0.5 / n for k, n in zip(tensors, torch._foreach_norm(tensors), strict=True)
+        ]
+        torch._foreach_mul_(tensors, scales)
+        torch._foreach_add_(tensors, [as_kernel(s, k) for s, k in zip(steps, tensors, strict=True)])
+
+
+def as_matrix(kernel: Tensor) -> Tensor:
+    """`[out, in, height, width]` -> `[out, height * width * in]`: a view if channels-last."""
+    return kernel.permute(0, 2, 3, 1).flatten(1)
+
+
+def as_kernel(matrix: Tensor, like: Tensor) -> Tensor:
+    """The inverse of `as_matrix`, for a kernel shaped `like` this one."""
+    out, channels, height, width = like.shape
+    return matrix.view(out, height, width, channels).permute(0, 3, 1, 2)
+
+
+def orthogonalize(x: Tensor, iterations: int = 3) -> Tensor:
+    """Bring the singular values of matrices `[N, rows, columns]` near 1, in bf16.
+
+    A Newton-Schulz iteration; rows must not outnumber columns for it to be cheap.
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = x.bfloat16()
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(iterations):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
