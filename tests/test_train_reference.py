@@ -17,7 +17,7 @@ from torch import nn
 from utils import train_reference as tr
 from utils.cli import UserError
 from utils.data import ROOT, ImageSet, Preprocessing, hold_out, load_images, preprocess
-from utils.models import REFERENCE_MODELS, WEIGHTS_DIR, load_model, sha256_of
+from utils.models import REFERENCE_MODELS, WEIGHTS_DIR, load_model, sample_logits, sha256_of
 
 CPU = torch.device("cpu")
 NOTHING = tr.Augmentation(False, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
@@ -249,7 +249,7 @@ def top1(name: str, images: ImageSet) -> float:
 @pytest.mark.parametrize("name", REFERENCE_MODELS)
 def test_committed_weights_give_the_logits_of_their_card(name):
     card, model = card_of(name), load_model(name)
-    logits = tr.sample_logits(model.module, model.preprocessing.input_size)
+    logits = sample_logits(model.module, model.preprocessing.input_size)
     expected = torch.tensor(card["sample_logits"])
     torch.testing.assert_close(torch.tensor(logits), expected, atol=2e-3, rtol=0)
     assert (WEIGHTS_DIR / f"{name}.safetensors").stat().st_size < SIZE_LIMIT_BYTES[name]

@@ -28,6 +28,7 @@ from utils.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE_DIR = ROOT / "data" / "cache"
+DECODING_CHUNK = 100  # images a thread takes at once: one by one, threads mostly wait in turn
 CACHE_VERSION = 1  # raise it when decoding changes
 HELD_OUT_SEED = 0  # fixed, so that recipes and seeds are compared on the same images
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -343,19 +344,22 @@ def _decode_all(paths: Sequence[Path], side: int | None) -> Tensor:
     first = _decode_one(paths[0], side)
     images = torch.empty((len(paths), 3, *first.shape[:2]), dtype=torch.uint8)
 
-    def fill(index: int) -> None:
-        pixels = _decode_one(paths[index], side)
-        if pixels.shape != first.shape:
-            raise UserError(
-                f"{paths[index]} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the first image "
-                f"is {first.shape[1]}x{first.shape[0]}: all must have one size"
-            )
-        images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
+    def fill(start: int) -> int:
+        chunk = paths[start : start + DECODING_CHUNK]
+        for index, path in enumerate(chunk, start):
+            pixels = _decode_one(path, side)
+            if pixels.shape != first.shape:
+                raise UserError(
+                    f"{path} is {pixels.shape[1]}x{pixels.shape[0]} pixels, the first image is "
+                    f"{first.shape[1]}x{first.shape[0]}: all must have one size"
+                )
+            images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
+        return len(chunk)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        jobs = pool.map(fill, range(len(paths)))
-        for _ in tqdm(jobs, total=len(paths), desc="decoding", unit="img", disable=None):
-            pass
+    bar = tqdm(total=len(paths), desc="decoding", unit="img", disable=None)
+    with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(fill, range(0, len(paths), DECODING_CHUNK)):
+            bar.update(done)
     return images
 
 

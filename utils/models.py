@@ -22,8 +22,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from utils.cli import UserError, check_name, first_line
@@ -281,33 +282,69 @@ def build_reference_vit(
 
 def _load_reference(name: str, untrained: bool) -> LoadedModel:
     """Rebuild a model from `weights/<name>.json` and `.safetensors`, written by train_reference."""
-    weights = WEIGHTS_DIR / f"{name}.safetensors"
-    try:
-        card = json.loads(weights.with_suffix(".json").read_text())
-    except OSError as error:
-        raise UserError(
-            f"{name} is not trained yet ({error.strerror}: {error.filename}): run "
-            "python -m utils.train_reference"
-        ) from error
-    except ValueError as error:
-        raise UserError(
-            f"{weights.with_suffix('.json')} is damaged ({error}): restore it with git"
-        ) from error
+    path = WEIGHTS_DIR / f"{name}.safetensors"
+    card = read_card(path, "git checkout weights, or python -m utils.train_reference")
     module = build_reference_vit(**card["architecture"])
     if not untrained:
-        if not weights.is_file() or sha256_of(weights) != card["sha256"]:
-            raise UserError(f"{weights} is missing or differs from its card: restore it with git")
-        state = load_file(weights)
+        state = read_weights(path, card, "git checkout weights")
         module.load_state_dict({key: value.float() for key, value in state.items()})
     preprocessing = Preprocessing(
         card["architecture"]["image_size"], tuple(card["mean"]), tuple(card["std"])
     )
-    checkpoints = {} if untrained else {weights.name: card["sha256"]}
+    checkpoints = {} if untrained else {path.name: card["sha256"]}
     classes = tuple(card["classes"])
     return LoadedModel(name, module, preprocessing, classes, not untrained, checkpoints)
 
 
-# --- helpers --------------------------------------------------------------------------------------
+# --- weights with a card: NAME.safetensors and NAME.json ------------------------------------------
+
+
+def half_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state on the CPU, its floating-point tensors rounded to fp16."""
+    return {
+        name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
+        for name, value in module.state_dict().items()
+    }
+
+
+@torch.no_grad()
+def sample_logits(module: nn.Module, image_size: int) -> list[list[float]]:
+    """The first eight logits of two images of noise, which guard a file of weights."""
+    # NumPy's legacy generator gives the same numbers in every version.
+    noise = np.random.RandomState(0).standard_normal((2, 3, image_size, image_size))
+    logits = module(torch.from_numpy(noise).float())[:, :8]
+    return [[round(value, 4) for value in row] for row in logits.tolist()]
+
+
+def write_model(path: Path, state: dict[str, Tensor], card: dict[str, Any]) -> None:
+    """Write the weights, then the card that vouches for them, each renamed when it is whole."""
+    temporary = path.with_suffix(".tmp")
+    save_file(state, temporary)
+    temporary.replace(path)
+    card = card | {"sha256": sha256_of(path)}
+    temporary.write_text(json.dumps(card, indent=1) + "\n")
+    temporary.replace(path.with_suffix(".json"))
+
+
+def read_card(path: Path, remedy: str) -> dict[str, Any]:
+    """The card beside the weights `path`; UserError, with the remedy's command, if unusable."""
+    card = path.with_suffix(".json")
+    try:
+        content = json.loads(card.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {card} ({error.strerror}): run {remedy}") from error
+    except ValueError as error:
+        raise UserError(f"{card} is damaged ({first_line(error)}): run {remedy}") from error
+    if not isinstance(content, dict) or "sha256" not in content:
+        raise UserError(f"{card} is not the card of a model: run {remedy}")
+    return content
+
+
+def read_weights(path: Path, card: dict[str, Any], remedy: str) -> dict[str, Tensor]:
+    """The tensors of a file that its card vouches for; UserError if they do not agree."""
+    if not path.is_file() or sha256_of(path) != card["sha256"]:
+        raise UserError(f"{path} is missing or differs from its card: run {remedy}")
+    return load_file(path)
 
 
 def sha256_of(path: Path) -> str:

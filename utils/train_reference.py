@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import functools
 import hashlib
-import json
 import math
 import sys
 import time
@@ -24,10 +23,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -459,15 +456,6 @@ def train_student(setting: Setting, teacher: Teacher | None, seconds: float) -> 
 # --- the result -----------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def sample_logits(vit: nn.Module, image_size: int) -> list[list[float]]:
-    """The first eight logits of two images of noise, which guard a file of weights."""
-    # NumPy's legacy generator gives the same numbers in every version.
-    noise = np.random.RandomState(0).standard_normal((2, 3, image_size, image_size))
-    logits = vit(torch.from_numpy(noise).float())[:, :8]
-    return [[round(value, 4) for value in row] for row in logits.tolist()]
-
-
 def describe_run(name: str, run: Run) -> dict[str, Any]:
     return {
         f"{name}_epochs": run.epoch,
@@ -481,14 +469,11 @@ def evaluate_rounded(
     vit: nn.Module, recipe: Recipe, test_set: ImageSet, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Round the weights to fp16, evaluate them in fp32 as `load_model` will, describe both."""
-    state = {
-        name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
-        for name, value in vit.state_dict().items()
-    }
+    state = models.half_state(vit)
     shape = recipe.architecture | {"num_classes": len(test_set.classes)}
     rounded = models.build_reference_vit(**shape).eval()
     rounded.load_state_dict({name: value.float() for name, value in state.items()})
-    sample = sample_logits(rounded, shape["image_size"])
+    sample = models.sample_logits(rounded, shape["image_size"])
     top1 = top1_percent(rounded.to(device), to_device(test_set, device), shape["image_size"])
     return state, {
         "architecture": shape,
@@ -502,16 +487,6 @@ def evaluate_rounded(
         "sample_logits": sample,
         "recipe": dataclasses.asdict(recipe),
     }
-
-
-def write_model(path: Path, state: dict[str, Tensor], card: dict[str, Any]) -> None:
-    """Write the weights, then the card that vouches for them, each renamed when it is whole."""
-    temporary = path.with_suffix(".tmp")
-    save_file(state, temporary)
-    temporary.replace(path)
-    card = card | {"sha256": models.sha256_of(path)}
-    temporary.write_text(json.dumps(card, indent=1) + "\n")
-    temporary.replace(path.with_suffix(".json"))
 
 
 def minutes(text: str) -> float:
@@ -572,7 +547,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     facts |= describe_run("student", run)
 
     state, card = evaluate_rounded(vit, recipe, test_set, device)
-    write_model(path, state, card | facts)
+    models.write_model(path, state, card | facts)
     for file in checkpoints.glob("*.pt"):
         file.unlink()
     print(f"top-1 {card['top1']:.2f} % of {len(test_set)} {test_set.split} images; wrote {path}")
