@@ -12,6 +12,8 @@ REQUIREMENTS := $(shell command -v nvidia-smi >/dev/null && command -v nvcc >/de
 .PHONY: run test clean
 run: $(VENV)/.installed
 	$(BIN)/python part1_quantize.py --quick
+	$(BIN)/python part2_tune.py --quick
+	$(BIN)/python part3_tensorrt.py --quick
 
 test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

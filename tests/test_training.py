@@ -1,10 +1,14 @@
 """The schedule against PyTorch's, and Muon against its definition."""
 
+import contextlib
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from utils.training import Muon, as_kernel, as_matrix, orthogonalize, warmup_cosine
+from utils.training import Muon, as_kernel, as_matrix, capture, orthogonalize, warmup_cosine
 
 
 def test_warmup_cosine_agrees_with_torch_schedulers():
@@ -99,3 +103,70 @@ def test_muon_treats_kernels_of_one_shape_each_by_itself():
             optimizer.step()
     for first, second in zip(together, alone, strict=True):
         torch.testing.assert_close(first, second, atol=1e-2, rtol=1e-2)  # bf16 products
+
+
+class FakeStream:
+    def wait_stream(self, other: "FakeStream") -> None: ...
+
+
+class FakeGraph:
+    def replay(self) -> None: ...
+
+
+def test_a_captured_step_keeps_the_memory_that_its_graph_reads(monkeypatch):
+    class Images:
+        """Stands for a tensor that only the step refers to."""
+
+    images = Images()
+    alive = weakref.ref(images)
+
+    def step(batch: torch.Tensor, images: Images = images) -> torch.Tensor:
+        return torch.ones(())
+
+    arange = torch.arange
+    for name, fake in {
+        "Stream": FakeStream,
+        "current_stream": FakeStream,
+        "CUDAGraph": FakeGraph,
+        "stream": contextlib.nullcontext,
+        "graph": contextlib.nullcontext,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "arange", lambda n, device: arange(n))
+    replay = capture(step, 4)
+    del step, images
+    gc.collect()
+    assert alive() is not None
+    assert replay(torch.zeros(4, dtype=torch.int64)) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_trains_like_the_plain_one():
+    results = []
+    for captured in (False, True):
+        images = torch.linspace(0, 1, 64 * 8, device="cuda").view(64, 8)
+        weight = torch.zeros(8, device="cuda", requires_grad=True)
+        rate = torch.zeros((), device="cuda")
+        run = make_linear_step(images, weight, rate)
+        if captured:
+            run = capture(run, 64)
+        del images
+        rate.fill_(0.1)
+        for _ in range(20):
+            torch.rand(64, 8, device="cuda")  # would overwrite memory set free
+            run(torch.arange(64, device="cuda"))
+        results.append(weight.detach())
+    torch.testing.assert_close(*results)
+
+
+def make_linear_step(images: torch.Tensor, weight: torch.Tensor, rate: torch.Tensor):
+    def step(batch: torch.Tensor) -> torch.Tensor:
+        loss = (images[batch] @ weight - 1).square().mean()
+        loss.backward()
+        with torch.no_grad():
+            assert weight.grad is not None
+            weight.sub_(rate * weight.grad)
+        weight.grad = None
+        return loss.detach()
+
+    return step

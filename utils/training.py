@@ -1,5 +1,6 @@
 """What training loops share: a learning-rate schedule, the Muon optimiser, steps as CUDA graphs."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -42,13 +43,19 @@ def capture(step: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tens
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         value = step(batch)
+    return functools.partial(_replay, graph, batch, value, step)
 
-    def replay(chosen: Tensor) -> Tensor:
-        batch.copy_(chosen)
-        graph.replay()
-        return value
 
-    return replay
+def _replay(
+    graph: torch.cuda.CUDAGraph,
+    batch: Tensor,
+    value: Tensor,
+    step: Callable[[Tensor], Tensor],  # kept, not called: the graph reads the memory it refers to
+    chosen: Tensor,
+) -> Tensor:
+    batch.copy_(chosen)
+    graph.replay()
+    return value
 
 
 class Muon(torch.optim.Optimizer):

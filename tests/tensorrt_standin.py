@@ -1,0 +1,518 @@
+"""A stand-in for TensorRT, pycuda and cuda-bindings, for tests on a machine without a GPU.
+
+It covers the calls that `utils/tensorrt_engine.py` makes and is as strict as the real ones: calls
+fail by None or False and say why only in the log, parser errors stay in the parser, a plan runs
+only where it was built, shapes come before addresses and stay inside the profiles, the first
+enqueue cannot be captured. Device memory is host memory, and ONNX Runtime computes. Nothing but
+`install` puts it in place, and it takes pytest's monkeypatch.
+"""
+
+import ctypes
+import enum
+import hashlib
+import importlib.machinery
+import json
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+MAGIC = b"standin-plan\n"
+
+
+class Gpu:
+    """The state of the pretended GPU, and the faults it should show."""
+
+    def __init__(self, name: str = "Stand-in GPU", capability: tuple[int, int] = (9, 0)) -> None:
+        self.name, self.capability = name, capability
+        self.memory_bytes = 1 << 30
+        self.faults: set[str] = set()  # of: context, build, enqueue, capture, driver
+        self.current: list[object] = []  # the stack of contexts
+        self.live: dict[int, Any] = {}  # address -> memory, device and pinned
+        self.allocations = 0
+        self.captures: dict[int, list[Callable[[], None]]] = {}  # stream -> what it recorded
+        self.builds = 0
+        self.flags: dict[str, Any] = {}  # of the last build
+        self.graph_launches = 0
+
+    def allocate(self, size: int) -> Any:
+        """`size` bytes at an address that is a multiple of 256."""
+        assert self.current, "no current context"
+        if size > self.memory_bytes:
+            raise CudaMemoryError("cuMemAlloc failed: out of memory")
+        memory = ctypes.create_string_buffer(size + 256)
+        address = -(-ctypes.addressof(memory) // 256) * 256
+        self.live[address] = memory
+        self.allocations += 1
+        return address
+
+    def submit(self, stream: int, work: Callable[[], None]) -> None:
+        """Do the work, or record it if the stream is being captured."""
+        assert self.current, "no current context"
+        if stream in self.captures:
+            self.captures[stream].append(work)
+        else:
+            work()
+
+
+GPU = Gpu()
+
+
+def install(
+    monkeypatch: pytest.MonkeyPatch, version: str = "10.13.2", gpu: Gpu | None = None
+) -> Gpu:
+    """Put the stand-ins in the place of the three packages until the test ends."""
+    from utils import tensorrt_engine
+
+    gpu = gpu or Gpu()
+    monkeypatch.setattr(sys.modules[__name__], "GPU", gpu)
+    driver = make_cuda_driver()
+    monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt(version))
+    monkeypatch.setitem(sys.modules, "pycuda", types.ModuleType("pycuda"))
+    monkeypatch.setitem(sys.modules, "pycuda.driver", make_pycuda_driver())
+    sys.modules["pycuda"].driver = sys.modules["pycuda.driver"]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
+    monkeypatch.setattr("cuda.bindings.driver", driver, raising=False)
+    tensorrt_engine.shared_logger.cache_clear()
+    return gpu
+
+
+# --- tensorrt -------------------------------------------------------------------------------------
+
+
+class Severity(enum.IntEnum):
+    INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+
+class ILogger:
+    Severity = Severity
+
+    def __init__(self) -> None:
+        self.initialised = True
+
+    def log(self, severity: Any, msg: str) -> None:
+        raise NotImplementedError
+
+
+class Dims(tuple):
+    """Constructed from a sequence, as the real one is."""
+
+
+class ParserError:
+    def __init__(self, node: str, text: str) -> None:
+        self.text = f"In node {node}: {text}"
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Network:
+    def __init__(self) -> None:
+        self.model: Any = None
+
+    def get_input(self, index: int) -> Any:
+        value = self.model.graph.input[index]
+        return types.SimpleNamespace(name=value.name, shape=shape_of(value))
+
+
+def shape_of(value: Any) -> Dims:
+    dims = value.type.tensor_type.shape.dim
+    return Dims(-1 if dim.dim_param else dim.dim_value for dim in dims)
+
+
+class OnnxParser:
+    def __init__(self, network: Network, logger: ILogger) -> None:
+        self.network, self.errors = network, list[ParserError]()
+
+    def parse_from_file(self, path: str) -> bool:
+        try:
+            model = onnx.load(path)
+        except Exception as error:
+            self.errors.append(ParserError("-1", f"cannot parse the file: {error}"))
+            return False
+        for node in model.graph.node:
+            if node.domain not in ("", "ai.onnx"):
+                self.errors.append(ParserError(node.name, f"no importer for {node.op_type}"))
+        self.network.model = model
+        return not self.errors
+
+    @property
+    def num_errors(self) -> int:
+        return len(self.errors)
+
+    def get_error(self, index: int) -> ParserError:
+        return self.errors[index]
+
+
+class Profile:
+    def __init__(self) -> None:
+        self.shapes: dict[str, tuple[Dims, Dims, Dims]] = {}
+
+    def set_shape(self, name: str, low: Dims, best: Dims, high: Dims) -> None:
+        assert all(isinstance(shape, Dims) for shape in (low, best, high))
+        if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
+            raise RuntimeError("Shape provided for min is inconsistent with other shapes.")
+        self.shapes[name] = (low, best, high)
+
+
+class TimingCache:
+    def __init__(self, content: bytes) -> None:
+        self.gpu = content.decode() or GPU.name
+
+    def serialize(self) -> bytes:
+        return self.gpu.encode()
+
+
+class BuilderConfig:
+    def __init__(self, flags: Any) -> None:
+        self.flags = {flags.TF32}
+        self.profiles: list[Profile] = []
+        self.cache: TimingCache | None = None
+        self.limits: dict[Any, int] = {}
+        self.builder_optimization_level, self.max_aux_streams = 3, 4
+
+    def set_flag(self, flag: Any) -> None:
+        self.flags.add(flag)
+
+    def clear_flag(self, flag: Any) -> None:
+        self.flags.discard(flag)
+
+    def set_memory_pool_limit(self, pool: Any, size: int) -> None:
+        self.limits[pool] = size
+
+    def create_timing_cache(self, content: bytes) -> TimingCache:
+        return TimingCache(content)
+
+    def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
+        if cache.gpu != GPU.name and not ignore_mismatch:
+            return False
+        self.cache = cache
+        return True
+
+    def add_optimization_profile(self, profile: Profile) -> int:
+        self.profiles.append(profile)
+        return len(self.profiles) - 1 if profile.shapes else -1
+
+
+class HostMemory:
+    def __init__(self, content: bytes) -> None:
+        self.content, self.nbytes = content, len(content)
+
+    def __bytes__(self) -> bytes:
+        return self.content
+
+
+class Tensors:
+    """What an engine knows of one tensor."""
+
+    def __init__(self, value: Any, mode: Any) -> None:
+        self.shape, self.mode = shape_of(value), mode
+        self.kind = value.type.tensor_type.elem_type
+
+
+class Engine:
+    def __init__(self, header: dict[str, Any], model: Any, logger: ILogger, modes: Any) -> None:
+        self.profiles, self.logger = header["profiles"], logger
+        self.tensors = {v.name: Tensors(v, modes.INPUT) for v in model.graph.input}
+        self.tensors |= {v.name: Tensors(v, modes.OUTPUT) for v in model.graph.output}
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        self.session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+    @property
+    def num_io_tensors(self) -> int:
+        return len(self.tensors)
+
+    @property
+    def num_optimization_profiles(self) -> int:
+        return len(self.profiles)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.tensors)[index]
+
+    def get_tensor_mode(self, name: str) -> Any:
+        return self.tensors[name].mode
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return self.tensors[name].kind
+
+    def get_tensor_shape(self, name: str) -> Dims:
+        return self.tensors[name].shape
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[Dims]:
+        return [Dims(shape) for shape in self.profiles[index][name]]
+
+    def create_execution_context(self) -> "Context | None":
+        return None if "context" in GPU.faults else Context(self)
+
+
+class Context:
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.profile, self.warm = engine, 0, False
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+
+    def _refuse(self, text: str) -> bool:
+        self.engine.logger.log(Severity.ERROR, text)
+        return False
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        if not 0 <= index < len(self.engine.profiles):
+            return self._refuse(f"no profile {index}")
+        self.profile, self.shapes, self.warm = index, {}, False
+        return True
+
+    def set_input_shape(self, name: str, shape: Dims) -> bool:
+        low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
+        if not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
+            return self._refuse(f"{shape} of {name} is outside profile {self.profile}")
+        self.shapes[name], self.warm = tuple(shape), False
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        return [name for name in self._inputs() if name not in self.shapes]
+
+    def get_tensor_shape(self, name: str) -> Dims:
+        shape = self.shapes.get(name)
+        batch = next(iter(self.shapes.values()))[0] if self.shapes else -1
+        return Dims(shape or (batch, *self.engine.get_tensor_shape(name)[1:]))
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        if self.infer_shapes():
+            return self._refuse(f"the address of {name} came before the shapes")
+        if address % 256:
+            return self._refuse(f"{address} is not aligned")
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert stream != 0, "the default stream costs a synchronisation"
+        if "enqueue" in GPU.faults or self.infer_shapes():
+            return self._refuse("enqueue failed")
+        if len(self.addresses) < len(self.engine.tensors):
+            return self._refuse("a tensor has no address")
+        if stream in GPU.captures and (not self.warm or "capture" in GPU.faults):
+            return self._refuse("operation not permitted when stream is capturing")
+        GPU.submit(stream, self._compute)
+        self.warm = True
+        return True
+
+    def _inputs(self) -> list[str]:
+        return [value.name for value in self.engine.session.get_inputs()]
+
+    def _compute(self) -> None:
+        feeds = {name: as_array(self.addresses[name], self.shapes[name]) for name in self._inputs()}
+        names = [value.name for value in self.engine.session.get_outputs()]
+        for name, value in zip(names, self.engine.session.run(names, feeds), strict=True):
+            as_array(self.addresses[name], value.shape)[...] = value
+
+
+def as_array(address: int, shape: tuple[int, ...]) -> np.ndarray:
+    """The float32 array at an address."""
+    pointer = ctypes.cast(address, ctypes.POINTER(ctypes.c_float))
+    return np.ctypeslib.as_array(pointer, shape)
+
+
+def make_tensorrt(version: str) -> Any:
+    """The module `tensorrt` of a version: from 11 on, precision flags are gone."""
+    names = ["TF32"] if int(version.split(".")[0]) >= 11 else ["TF32", "FP16", "INT8", "FP8"]
+    module: Any = types.ModuleType("tensorrt")
+    module.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)  # PyTorch's exporter looks
+    module.__version__, module.ILogger, module.Dims = version, ILogger, Dims
+    module.OnnxParser = OnnxParser
+    module.float32 = onnx.TensorProto.FLOAT
+    module.BuilderFlag = types.SimpleNamespace(**{name: name for name in names})
+    module.MemoryPoolType = types.SimpleNamespace(WORKSPACE="WORKSPACE")
+    module.TensorIOMode = types.SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT")
+    module.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=1)
+
+    class Builder:
+        def __init__(self, logger: ILogger) -> None:
+            assert logger.initialised
+            if "driver" in GPU.faults:
+                raise TypeError("pybind11::init(): factory function returned nullptr")
+            self.logger = logger
+
+        def create_network(self, flags: int) -> Network:
+            assert flags & 2, "weakly typed: on 10.x this ignores the graph's precisions"
+            return Network()
+
+        def create_builder_config(self) -> BuilderConfig:
+            return BuilderConfig(module.BuilderFlag)
+
+        def create_optimization_profile(self) -> Profile:
+            return Profile()
+
+        def build_serialized_network(
+            self, network: Network, config: BuilderConfig
+        ) -> HostMemory | None:
+            if "build" in GPU.faults or not config.profiles or network.model is None:
+                self.logger.log(Severity.ERROR, "Error Code 2: OutOfMemory: out of memory")
+                return None
+            GPU.builds += 1
+            GPU.flags = {"tf32": module.BuilderFlag.TF32 in config.flags, "limits": config.limits}
+            header = {
+                "version": version,
+                "gpu": GPU.name,
+                "profiles": [profile.shapes for profile in config.profiles],
+            }
+            body = json.dumps(header).encode() + b"\n" + network.model.SerializeToString()
+            return HostMemory(MAGIC + hashlib.sha256(body).digest() + body)
+
+    class Runtime:
+        def __init__(self, logger: ILogger) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+            body = plan[len(MAGIC) + 32 :]
+            if plan != MAGIC + hashlib.sha256(body).digest() + body:
+                self.logger.log(Severity.ERROR, "Magic tag does not match")
+                return None
+            head, _, model = body.partition(b"\n")
+            header = json.loads(head)
+            if (header["version"], header["gpu"]) != (version, GPU.name):
+                self.logger.log(Severity.ERROR, "the engine plan was built elsewhere")
+                return None
+            graph = onnx.load_from_string(model)
+            return Engine(header, graph, self.logger, module.TensorIOMode)
+
+    module.Builder, module.Runtime = Builder, Runtime
+    return module
+
+
+# --- pycuda.driver --------------------------------------------------------------------------------
+
+
+class CudaError(Exception):
+    pass
+
+
+class CudaMemoryError(CudaError):
+    pass
+
+
+class PrimaryContext:
+    def push(self) -> None:
+        GPU.current.append(self)
+
+    def detach(self) -> None:
+        assert GPU.current.pop() is self
+
+
+class Device:
+    def __init__(self, ordinal: int) -> None:
+        if "device" in GPU.faults:
+            raise CudaError("cuDeviceGet failed: invalid device ordinal")
+
+    def name(self) -> str:
+        return GPU.name
+
+    def compute_capability(self) -> tuple[int, int]:
+        return GPU.capability
+
+    def retain_primary_context(self) -> PrimaryContext:
+        return PrimaryContext()
+
+
+class Stream:
+    def __init__(self) -> None:
+        assert GPU.current, "no current context"
+        self.handle = id(self)
+
+    def synchronize(self) -> None:
+        assert self.handle not in GPU.captures, "synchronised while capturing"
+
+
+class DeviceAllocation:
+    def __init__(self, size: int) -> None:
+        self.address = GPU.allocate(size)
+
+    def __int__(self) -> int:
+        return self.address
+
+    def free(self) -> None:
+        assert GPU.current, "freed after its context"
+        del GPU.live[self.address]
+
+
+class PinnedAllocation(DeviceAllocation):
+    def __init__(self, shape: tuple[int, ...], dtype: Any) -> None:
+        super().__init__(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        self.__array_interface__ = {
+            "version": 3,
+            "shape": shape,
+            "typestr": np.dtype(dtype).str,
+            "data": (self.address, False),
+        }
+
+
+def copy_async(target: Any, source: Any, size: int, stream: Stream) -> None:
+    def copy() -> None:
+        ctypes.memmove(int(target), int(source), size)
+
+    GPU.submit(stream.handle, copy)
+
+
+def make_pycuda_driver() -> Any:
+    module: Any = types.ModuleType("pycuda.driver")
+    module.Error, module.MemoryError = CudaError, CudaMemoryError
+    module.init, module.Device, module.Stream = lambda: None, Device, Stream
+    module.mem_alloc = DeviceAllocation
+    module.pagelocked_empty = lambda shape, dtype: np.asarray(PinnedAllocation(shape, dtype))
+    module.memcpy_htod_async = lambda target, array, stream: copy_async(
+        target, array.ctypes.data, array.nbytes, stream
+    )
+    module.memcpy_dtoh_async = lambda array, source, stream: copy_async(
+        array.ctypes.data, source, array.nbytes, stream
+    )
+    module.memcpy_dtod_async = copy_async
+    return module
+
+
+# --- cuda.bindings.driver -------------------------------------------------------------------------
+
+
+class CUresult(enum.IntEnum):
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
+
+
+def make_cuda_driver() -> Any:
+    module: Any = types.ModuleType("cuda.bindings.driver")
+    success = CUresult.CUDA_SUCCESS
+
+    def begin(stream: int, mode: Any) -> tuple[CUresult]:
+        GPU.captures[stream] = []
+        return (success,)
+
+    def end(stream: int) -> tuple[CUresult, list[Callable[[], None]] | None]:
+        work = GPU.captures.pop(stream)
+        return (success, work) if work else (CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, None)
+
+    def launch(executable: list[Callable[[], None]], stream: int) -> tuple[CUresult]:
+        assert GPU.current, "no current context"
+        GPU.graph_launches += 1
+        for work in executable:
+            work()
+        return (success,)
+
+    module.CUresult, module.CUstream = CUresult, int
+    module.CUstreamCaptureMode = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
+    module.cuStreamBeginCapture, module.cuStreamEndCapture = begin, end
+    module.cuGraphInstantiate = lambda graph, flags: (success, list(graph))
+    module.cuGraphLaunch = launch
+    module.cuGraphDestroy = module.cuGraphExecDestroy = lambda graph: (success,)
+    return module
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """The header of a plan that the stand-in built."""
+    return json.loads(path.read_bytes()[len(MAGIC) + 32 :].partition(b"\n")[0])

@@ -1,0 +1,393 @@
+"""Part 2: the network, the training loop, the study and the command line."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import optuna
+import pandas as pd
+import pytest
+import torch
+from torch import nn
+
+import part2_tune as part2
+from utils import data, study
+from utils.cli import UserError
+from utils.data import ROOT, ImageSet, Preprocessing, hold_out, load_images, preprocess
+from utils.models import sample_logits
+from utils.training import Muon
+
+CPU = torch.device("cpu")
+SMALL = part2.HParams(width=8, depth1=1, depth2=1, depth3=1, batch_size=32)
+TINY_RUN = ["--dataset", "digits", "--no-flip", "--device", "cpu", "--threads", "1"]
+TINY_RUN += ["--num-images", "200", "--trials", "2", "--tune-epochs", "1", "--final-epochs", "1"]
+TINY_RUN += ["--repeats", "1", "--max-params", "100000", "--pruner", "none"]
+
+
+def digits_task(num_images: int = 300) -> part2.Task:
+    return part2.make_task(load_images("digits", "train", num_images=num_images), False, CPU)
+
+
+# --- the network and its search space -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [8, 32, 96])
+@pytest.mark.parametrize("depths", [(0, 1, 1), (2, 3, 3), (0, 3, 1)])
+@pytest.mark.parametrize("size", [8, 32, 33])
+def test_network_shapes_and_parameter_count(width, depths, size):
+    network = part2.SmallCNN(width, depths, 0.1, 7)
+    assert network(torch.randn(2, 3, size, size)).shape == (2, 7)
+    stages = [width, 2 * width, 4 * width]
+    kernels = sum(9 * n * w for n, w in zip([3, *stages[:2]], stages, strict=True))
+    kernels += sum(2 * d * 9 * w * w for d, w in zip(depths, stages, strict=True))
+    norms = sum((1 + 2 * d) * 2 * w for d, w in zip(depths, stages, strict=True))
+    assert sum(p.numel() for p in network.parameters()) == kernels + norms + 7 * (4 * width + 1)
+
+
+def test_residual_blocks_pass_positive_input_through_before_training():
+    x = torch.rand(2, 8, 4, 4) + 10  # where SiLU is the identity
+    torch.testing.assert_close(part2.ResidualBlock(8)(x), x, atol=1e-3, rtol=0)
+
+
+def test_fit_width_keeps_what_fits_and_else_takes_the_widest_that_does():
+    wanted = part2.HParams(width=96, depth1=2, depth2=3, depth3=3)
+    assert part2.fit_width(wanted, 100, 100_000_000) == wanted
+    fitted = part2.fit_width(wanted, 100, 5_000_000)
+    assert fitted == replace(wanted, width=fitted.width)
+    assert part2.count_parameters(fitted, 100) <= 5_000_000
+    assert part2.count_parameters(replace(fitted, width=fitted.width + 8), 100) > 5_000_000
+    with pytest.raises(UserError, match="--max-params 100"):
+        part2.fit_width(wanted, 100, 100)
+
+
+def test_search_space_holds_the_default_and_respects_its_bounds():
+    sizes = part2.batch_sizes_for(45_000)
+    assert sizes == [256, 512, 1024]
+    default = part2.default_hparams(45_000)
+    trial = optuna.trial.FixedTrial(asdict(default))
+    assert part2.suggest(trial, sizes) == default
+    for name, distribution in trial.distributions.items():
+        assert distribution._contains(distribution.to_internal_repr(getattr(default, name)))
+    drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    for _ in range(30):
+        hparams = part2.suggest(drawn.ask(), sizes)
+        fitted = part2.fit_width(hparams, 100, 5_000_000)
+        assert part2.count_parameters(fitted, 100) <= 5_000_000
+    assert part2.batch_sizes_for(100) == [32, 64, 128]
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def test_task_measures_the_channels():
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    images[0, 0] = 255
+    task = part2.make_task(
+        ImageSet("x", "train", images, torch.tensor([0, 1]), ("a", "b")), True, CPU
+    )
+    assert task.mean == (0.5, 0.0, 0.0)
+    assert task.std[0] == pytest.approx(0.508, abs=1e-3)  # of 32 pixels
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(name):
+    network = part2.build_network(SMALL, 10)
+    optimizers = part2.make_optimizers(network, replace(SMALL, optimizer=name, weight_decay=2.0))
+    groups = [group for optimizer, _ in optimizers for group in optimizer.param_groups]
+    trained = [p for group in groups for p in group["params"]]
+    assert len(trained) == len({id(p) for p in trained}) == len(list(network.parameters()))
+    decay = {id(p): group.get("weight_decay") for group in groups for p in group["params"]}
+    assert all(decay[id(p)] == 0 for p in network.parameters() if p.ndim == 1)
+    assert decay[id(network.head.weight)] == 2 * part2.WEIGHT_DECAYS[name]
+    assert isinstance(optimizers[0][0], Muon) == (name == "muon")
+    assert optimizers[0][1] == pytest.approx(part2.PEAK_RATES[name] / 4)  # batches of 32
+
+
+def test_augment_without_mixing_is_a_crop_of_the_normalised_image():
+    task = digits_task(20)
+    padded = part2.augmentation.pad_for_crops(task.images.images, 0)
+    x, targets = part2.augment(padded, torch.arange(5), task, cutmix=0.0)
+    how = Preprocessing(task.size, task.mean, task.std)
+    torch.testing.assert_close(x, preprocess(task.images.images[:5], how))
+    assert targets.argmax(1).equal(data.labels_of(task.images)[:5])
+
+
+def test_cutmix_targets_follow_the_pixels():
+    torch.manual_seed(0)
+    images = torch.zeros(64, 3, 8, 8, dtype=torch.uint8)
+    images[32:] = 255
+    labels = torch.arange(64) // 32
+    task = part2.make_task(ImageSet("x", "train", images, labels, ("a", "b")), True, CPU)
+    padded = part2.augmentation.pad_for_crops(images, 1)
+    x, targets = part2.augment(padded, torch.randperm(64), task, cutmix=1.0)
+    share_of_white = (x > 0).float().mean((1, 2, 3))
+    torch.testing.assert_close(targets[:, 1], share_of_white)
+    assert ((targets > 0) & (targets < 1)).any()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_training_learns_digits_and_follows_its_seed(optimizer):
+    task, hparams = (
+        digits_task(),
+        replace(SMALL, optimizer=optimizer, cutmix=0.0, learning_rate=2.0),
+    )
+    states, losses = [], []
+    for _ in range(2):
+        network = part2.start_network(hparams, 10, CPU, seed=1)
+        epochs = list(part2.train(network, hparams, task, 8))
+        assert [epoch.number for epoch in epochs] == list(range(1, 9))
+        assert [e.seconds for e in epochs] == sorted(e.seconds for e in epochs)
+        losses.append([epoch.loss for epoch in epochs])
+        states.append(network.state_dict())
+    assert losses[0] == losses[1]
+    assert all(states[0][name].equal(states[1][name]) for name in states[0])
+    assert losses[0][-1] < 0.85 * losses[0][0]
+    test_set = load_images("digits", "test")
+    assert part2.evaluate(network, test_set, task, half=False)["top1_percent"] > 40
+
+
+def test_peak_and_end_of_the_learning_rate(monkeypatch):
+    task, network = digits_task(320), part2.start_network(SMALL, 10, CPU, 0)
+    rates = []
+    optimizers = part2.make_optimizers(network, SMALL)
+    rate = optimizers[0][0].param_groups[0]["lr"]
+
+    def step(batch: torch.Tensor) -> torch.Tensor:
+        assert len(batch) == 32
+        rates.append(float(rate))
+        return torch.ones(())
+
+    monkeypatch.setattr(part2, "make_optimizers", lambda *_: optimizers)
+    monkeypatch.setattr(part2, "make_step", lambda *_: step)
+    list(part2.train(network, SMALL, task, 5))
+    assert len(rates) == 50
+    assert max(rates) == pytest.approx(part2.PEAK_RATES["muon"] / 4)  # batches of 32
+    assert rates.index(max(rates)) in (9, 10)  # after a fifth of the steps
+    assert rates[-1] < 0.01 * max(rates)
+
+
+# --- trials ---------------------------------------------------------------------------------------
+
+SETTING = part2.Setting("digits", None, 32, False, 200, epochs=3, max_params=100_000, seed=0)
+
+
+def one_trial(monkeypatch, number: int = 0, losses=(1.0, 1.0, 1.0)) -> optuna.trial.FrozenTrial:
+    """Run one trial of a study whose pruner always wants to prune."""
+    train_set, held_out = hold_out(part2.load_training_images(SETTING), 0.1)
+    task = part2.make_task(train_set, False, CPU)
+    epochs = [part2.Epoch(i, loss, i, 0.0) for i, loss in enumerate(losses, 1)]
+    monkeypatch.setattr(part2, "train", lambda *_: iter(epochs))
+    monkeypatch.setattr(optuna.trial.Trial, "should_prune", lambda self: True)
+    whole = optuna.create_study(direction="maximize")
+    for _ in range(number):
+        whole.tell(whole.ask(), 0.0)
+    whole.optimize(lambda trial: part2.run_trial(SETTING, task, held_out, trial), n_trials=1)
+    return whole.trials[-1]
+
+
+def test_the_default_trial_is_not_pruned_the_others_are(monkeypatch):
+    first = one_trial(monkeypatch)
+    assert first.state.name == "COMPLETE"
+    assert first.value == first.intermediate_values[3]
+    assert [epoch["number"] for epoch in first.user_attrs["history"]] == [1, 2, 3]
+    assert first.user_attrs["parameters"] <= 100_000
+    later = one_trial(monkeypatch, number=1)
+    assert later.state.name == "PRUNED"
+    assert list(later.intermediate_values) == [1]
+
+
+def test_a_loss_that_is_not_finite_ends_the_trial(monkeypatch):
+    trial = one_trial(monkeypatch, losses=(1.0, math.inf, 1.0))
+    assert trial.state.name == "FAIL"
+    assert len(trial.user_attrs["history"]) == 2
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("quick")
+    assert part2.main(["--quick", "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def test_quick_run_writes_everything(quick: Path):
+    trials = pd.read_csv(quick / "trials.csv")
+    assert len(trials) == part2.QUICK["trials"]
+    assert set(trials.state) <= {"complete", "pruned"}
+    assert trials.state[0] == "complete"
+    default = part2.default_hparams(1293)
+    assert all(trials[key][0] == value for key, value in asdict(default).items() if key != "width")
+    assert (trials.parameters <= part2.QUICK["max_params"]).all()
+    history = pd.read_csv(quick / "history.csv")
+    assert tuple(history.columns) == part2.tuning_report.HISTORY_COLUMNS
+    assert history.groupby("trial").size().tolist() == trials.epochs.tolist()
+    best = json.loads((quick / "best_params.json").read_text())
+    complete = trials[trials.state == "complete"]
+    assert best["held_out_top1_percent"] == complete.held_out_top1_percent.max()
+    final = pd.read_csv(quick / "final.csv")
+    assert tuple(final.columns) == part2.FINAL_COLUMNS
+    assert sorted(zip(final.configuration, final.seed, strict=True)) == [
+        ("default", 0),
+        ("default", 1),
+        ("tuned", 0),
+        ("tuned", 1),
+    ]
+    assert (final.top1_percent > 80).all()
+    for name in ("optimization_history.png", "learning_curves.png", "final.png"):
+        assert (quick / name).read_bytes().startswith(b"\x89PNG")
+    assert "libraries" in json.loads((quick / "environment.json").read_text())
+
+
+def test_the_saved_network_is_that_of_the_first_tuned_training(quick: Path):
+    model = part2.load_checkpoint(quick / "best.safetensors")
+    card = json.loads((quick / "best.json").read_text())
+    assert sample_logits(model.module, 8) == card["sample_logits"]
+    test_set = load_images("digits", "test")
+    task = part2.Task(test_set, model.preprocessing.mean, model.preprocessing.std, False)
+    top1 = part2.evaluate(model.module, test_set, task, half=False)["top1_percent"]
+    assert top1 == pytest.approx(card["top1"], abs=0.01)
+    final = pd.read_csv(quick / "final.csv").set_index(["configuration", "seed"])
+    assert top1 == pytest.approx(final.top1_percent["tuned", 0], abs=0.6)  # rounding to fp16
+    assert model.classes == test_set.classes
+
+
+def test_the_same_command_again_repeats_nothing_and_fresh_repeats_all(quick: Path, monkeypatch):
+    before = {name: (quick / name).read_bytes() for name in ("final.csv", "trials.csv")}
+    monkeypatch.setattr(part2, "train_final", None)  # would fail if it were called
+    assert part2.main(["--quick", "--output-dir", str(quick)]) == 0
+    assert {name: (quick / name).read_bytes() for name in before} == before
+    flags = [*TINY_RUN, "--output-dir", str(quick)]
+    assert part2.main([*flags, "--stage", "tune"]) == 2  # another setting
+    assert {name: (quick / name).read_bytes() for name in before} == before
+    assert part2.main([*flags, "--stage", "tune", "--fresh"]) == 0
+    assert len(pd.read_csv(quick / "trials.csv")) == 2
+    assert not (quick / "final.csv").exists()
+
+
+def test_a_named_study_has_a_folder_of_its_own(tmp_path: Path):
+    flags = ["--study-name", "random", "--sampler", "random", "--output-dir", str(tmp_path)]
+    assert part2.main([*TINY_RUN, *flags, "--configurations", "tuned"]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["random"]
+    final = pd.read_csv(tmp_path / "random" / "final.csv")
+    assert final.configuration.tolist() == ["tuned"]
+    assert json.loads((tmp_path / "random" / "best_params.json").read_text())["study"] == "random"
+
+
+def test_default_alone_needs_no_study(tmp_path: Path):
+    flags = ["--stage", "final", "--configurations", "default", "--output-dir", str(tmp_path)]
+    assert part2.main([*TINY_RUN, *flags]) == 0
+    assert len(pd.read_csv(tmp_path / "final.csv")) == 1
+
+
+def test_own_images_are_tuned_on(image_folder: Path, tmp_path: Path):
+    flags = ["--dataset", "folder", "--data-dir", str(image_folder), "--image-size", "16"]
+    flags += ["--trials", "2", "--tune-epochs", "1", "--final-epochs", "1", "--repeats", "1"]
+    flags += ["--device", "cpu", "--max-params", "100000", "--output-dir", str(tmp_path / "out")]
+    assert part2.main(flags) == 0
+    model = part2.load_checkpoint(tmp_path / "out" / "best.safetensors")
+    assert model.classes == ("ant", "cat", "dog")
+    assert model.preprocessing.input_size == 16
+
+
+def test_sigterm_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path: Path):
+    flags = [*TINY_RUN, "--stage", "tune", "--workers", "2", "--output-dir", str(tmp_path)]
+    command = [sys.executable, "part2_tune.py", *flags]
+    process = subprocess.Popen([*command, "--trials", "500"], cwd=ROOT, stderr=subprocess.PIPE)
+    journal, name = tmp_path / "study.journal", part2.STUDY_NAME
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        if journal.exists() and journal.read_bytes().count(b'"values"') >= 4:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert b"Traceback" not in errors
+    trials = study.load_study(str(journal), name).trials
+    assert not [trial for trial in trials if trial.state.name == "RUNNING"]
+    finished = sum(trial.state.name == "COMPLETE" for trial in trials)
+    assert finished >= 3
+    assert len(pd.read_csv(tmp_path / "trials.csv")) == len(trials)
+    assert part2.main([*flags, "--trials", str(finished + 2)]) == 0
+    trials = study.load_study(str(journal), name).trials
+    assert sum(map(study.is_finished, trials)) == finished + 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--stage", "deploy"],
+        ["--dataset", "cifar10"],
+        ["--dataset", "folder", "--data-dir", "/nonexistent"],
+        ["--image-size", "0"],
+        ["--num-images", "-3"],
+        ["--num-images", "99999"],
+        ["--trials", "0"],
+        ["--trials", "many"],
+        ["--workers", "0"],
+        ["--timeout", "nan"],
+        ["--tune-epochs", "0"],
+        ["--sampler", "grid"],
+        ["--pruner", "all"],
+        ["--storage", "nosuchdb://host/name"],
+        ["--study-name", "a/b"],
+        ["--study-name", ""],
+        ["--max-params", "10"],
+        ["--final-epochs", "1.5"],
+        ["--repeats", "0"],
+        ["--configurations", "best"],
+        ["--configurations", ","],
+        ["--device", "tpu"],
+        ["--device", "cuda"],
+        ["--threads", "0"],
+        ["--seed", "-1"],
+        ["--output-dir", "/proc/none"],
+        ["--stage", "final"],  # without a study
+        ["--learning-rate", "1"],
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, tmp_path: Path, capsys):
+    if flags == ["--device", "cuda"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert part2.main([*TINY_RUN, "--output-dir", str(tmp_path), *flags]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert not list(tmp_path.glob("*.csv"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "card", "weights", "other"])
+def test_checkpoints_that_are_not_usable(damage, tmp_path: Path):
+    network, task = part2.build_network(SMALL, 10), digits_task(30)
+    row = {"seed": 0, "epochs": 1, "train_images": 30, "train_seconds": 1.0}
+    path = tmp_path / "net.safetensors"
+    part2.save_network(path, network, SMALL, task, load_images("digits", "test"), row)
+    assert isinstance(part2.load_checkpoint(path).module, nn.Module)
+    card = path.with_suffix(".json")
+    if damage == "missing":
+        card.unlink()
+    elif damage == "card":
+        card.write_text("{")
+    elif damage == "weights":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        card.write_text(card.read_text().replace('"depths"', '"heads"'))
+    with pytest.raises(UserError, match=r"part2_tune\.py"):
+        part2.load_checkpoint(path)
+
+
+@pytest.mark.skipif("CIFAR100_DIR" not in os.environ, reason="set CIFAR100_DIR to real images")
+def test_the_committed_network_reproduces_its_accuracy():
+    path = ROOT / "weights" / "smallcnn_cifar100.safetensors"
+    model = part2.load_checkpoint(path)
+    test_set = load_images("cifar100", "test", Path(os.environ["CIFAR100_DIR"]))
+    task = part2.Task(test_set, model.preprocessing.mean, model.preprocessing.std, False)
+    top1 = part2.evaluate(model.module, test_set, task, half=False)["top1_percent"]
+    assert top1 == json.loads(path.with_suffix(".json").read_text())["top1"]

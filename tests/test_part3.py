@@ -1,0 +1,436 @@
+"""Part 3 from its command line: graphs, tables, reasons, bad input; candidates on stand-ins."""
+
+import json
+import shutil
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+import part3_tensorrt as part3
+from tests import tensorrt_standin as standin
+from utils import benchmark, data, onnx_tools, timing
+from utils.isolation import UnavailableError, recorded
+from utils.models import LoadedModel, load_model
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["--model", "vit_digits", "--batch-sizes", "4", "--rounds", "2", "--device", "cpu"]
+SMALL += ["--block-seconds", "0.01", "--num-images", "60", "--threads", "1"]
+ON_GPU = [name for name, candidate in part3.CANDIDATES.items() if candidate.device == "cuda"]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of a `--quick` run."""
+    folder = tmp_path_factory.mktemp("quick")
+    assert part3.main(["--quick", "--rounds", "2", "--output-dir", str(folder)]) == 0
+    return folder
+
+
+def test_quick_writes_and_checks_every_graph(quick: Path):
+    graphs = pd.read_csv(quick / "graphs.csv").set_index("graph")
+    assert tuple(graphs.reset_index()[list(part3.GRAPH_FILE_COLUMNS)]) == part3.GRAPH_FILE_COLUMNS
+    assert list(graphs.index) == list(part3.GRAPHS)
+    assert (graphs.status == "ok").all()
+    assert (graphs.onnx_opset == 20).all()
+    assert all(Path(file).is_file() for file in graphs.file)
+    for name, row in graphs.iterrows():
+        assert row.parity_cosine >= part3.GATES[part3.GRAPHS[str(name)][0]]
+    assert graphs.parity_cosine["fp32"] > graphs.parity_cosine["int8"]
+    assert graphs.size_mb["fp16"] < 0.6 * graphs.size_mb["fp32"]
+    assert graphs.quantized_weights.dropna().eq(19).all()
+    attention = graphs.quantized_activations["int8-attention"]
+    assert attention == graphs.quantized_activations["int8"] + 16
+    assert (graphs.calibration_images.dropna() == part3.CALIBRATION_IMAGES).all()
+
+
+def test_quick_compares_on_the_cpu_and_says_why_the_rest_is_missing(quick: Path):
+    table = pd.read_csv(quick / "tensorrt.csv")
+    assert tuple(table[list(part3.COLUMNS)]) == part3.COLUMNS
+    assert len(table) == 2 * len(part3.CANDIDATES)
+    ran = table[table.status == "ok"]
+    assert list(ran.candidate) == ["torch-cpu", "onnxruntime-cpu"] * 2
+    assert list(ran.batch_size) == [16, 16, 1, 1]
+    assert (ran.latency_ms_median > 0).all()
+    assert (ran.parity_cosine > 0.9999).all()
+    card = json.loads((ROOT / "weights" / "vit_digits.json").read_text())
+    assert ran.top1_percent.tolist() == pytest.approx([card["top1"]] * 4, abs=0.01)
+    assert ran.speedup_over_graph.isna().all()  # there is no CUDA graph on a CPU
+    missing = table[table.status == "unavailable"]
+    assert set(missing.candidate) == set(ON_GPU)
+    assert set(missing.reason) == {"no NVIDIA GPU is in use"}
+    assert missing.latency_ms_median.isna().all()
+    environment = json.loads((quick / "environment.json").read_text())
+    assert environment["checkpoints"] == {"vit_digits.safetensors": card["sha256"]}
+
+
+def test_export_only_measures_nothing(tmp_path: Path):
+    flags = ["--export-only", "--candidates", "tensorrt-int8", "--output-dir", str(tmp_path)]
+    engines = tmp_path / "elsewhere"
+    assert part3.main([*SMALL, *flags, "--engine-dir", str(engines)]) == 0
+    assert not (tmp_path / "tensorrt.csv").exists()
+    files = {path.name for path in engines.iterdir()}
+    assert files == {"vit_digits-fp16.onnx", "vit_digits-int8.onnx"}
+    assert list(pd.read_csv(tmp_path / "graphs.csv").graph) == ["fp16", "int8"]
+
+
+class BadModel(nn.Module):
+    """A module whose graph cannot be exported: what it does depends on the pixels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([image.mean() + torch.zeros(10) for image in x if image.sum() > 0])
+
+
+def load_bad(name: str, untrained: bool = False) -> LoadedModel:
+    return replace(load_model("vit_digits"), module=BadModel().eval())
+
+
+def make_export_job(folder: Path, **changes: Any) -> part3.EngineJob:
+    settings: dict[str, Any] = {
+        "candidate": "",
+        "build": part3.build_eager,
+        "model": "vit_digits",
+        "untrained": False,
+        "batch_size": 4,
+        "device": "cpu",
+        "threads": 1,
+        "seed": 0,
+        "folder": "",
+        "load": part3.load_trained,
+        "engine_dir": folder,
+        "batch_sizes": (1, 4),
+    }
+    return part3.EngineJob(**settings | changes)
+
+
+def test_failed_export_is_a_row_and_leaves_no_older_graph(tmp_path: Path):
+    older = part3.graph_path(tmp_path, "vit_digits", "fp16")
+    older.write_text("older")
+    job = make_export_job(tmp_path, load=load_bad)
+    images = data.load_images("digits", "test").images[:3].numpy()
+    rows = part3.export_graphs(["fp16", "int8"], job, images, images)
+    assert rows["fp16"]["status"] == "failed"
+    assert not older.exists()
+    assert rows["int8"]["status"] == "unavailable"
+    assert "starts from the fp16 graph" in rows["int8"]["reason"]
+    missing = part3.why_missing("tensorrt-fp16", "cuda", rows)
+    assert missing["status"] == "failed"
+    assert missing["reason"].startswith("no fp16 graph: ")
+    assert part3.why_missing("torch-fp16", "cuda", rows) == {}
+
+
+def load_nan(name: str, untrained: bool = False) -> LoadedModel:
+    model = load_model("vit_digits")
+    model.module.get_parameter("blocks.0.mlp.fc1.weight")[0, 0] = torch.nan
+    return model
+
+
+def test_nan_weight_fails_the_check_with_its_numbers(tmp_path: Path):
+    job = make_export_job(tmp_path, load=load_nan)
+    images = data.load_images("digits", "test").images[:3].numpy()
+    rows = part3.export_graphs(["fp32"], job, None, images)
+    assert rows["fp32"]["status"] == "failed"
+    assert rows["fp32"]["reason"].startswith("ParityError: cosine nan")
+    assert np.isnan(rows["fp32"]["parity_cosine"])
+    assert rows["fp32"]["nodes"] > 0
+
+
+def test_without_training_images_8_bits_are_unavailable(
+    tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    for path in (image_folder / "train").rglob("*.png"):
+        path.unlink()
+    flags = ["--dataset", "folder", "--data-dir", str(image_folder), "--batch-sizes", "2"]
+    arguments = [flag for flag in SMALL if flag not in ("--num-images", "60")]
+    wanted = ["--candidates", "tensorrt-int8", "--export-only", "--output-dir", str(tmp_path)]
+    assert part3.main([*arguments, *flags, *wanted]) == 0
+    graphs = pd.read_csv(tmp_path / "graphs.csv").set_index("graph")
+    assert graphs.status.to_dict() == {"fp16": "ok", "int8": "unavailable"}
+    assert "no training images" in graphs.reason["int8"]
+
+
+def test_calibration_never_touches_scored_images():
+    asked = []
+
+    def load(split: str) -> data.ImageSet:
+        asked.append(split)
+        images = data.load_images("digits", split)
+        if split == "train":  # as in CIFAR-100, where ten images occur in both splits
+            images.images[:700] = scored.images.repeat(2, 1, 1, 1)[:700]
+        return images
+
+    scored = data.load_images("digits", "test")
+    calibration = part3.load_calibration(load, scored, seed=0)
+    assert asked == ["train"]
+    assert calibration is not None
+    assert 50 < len(calibration) < part3.CALIBRATION_IMAGES
+    seen = {image.tobytes() for image in scored.images.numpy()}
+    assert not seen & {image.tobytes() for image in calibration}
+
+
+def test_graphs_are_those_that_the_candidates_read():
+    assert part3.choose_graphs(["torch-fp32"]) == []
+    assert part3.choose_graphs(["tensorrt-tf32", "onnxruntime-cuda"]) == ["fp32"]
+    assert part3.choose_graphs(["tensorrt-fp8"]) == ["fp16", "fp8"]
+
+
+def test_candidates_of_a_gpu_run_start_with_both_baselines():
+    names = part3.choose_candidates(["tensorrt-int8", "torch-fp32"], "cuda")
+    assert names == ["torch-fp32", "torch-fp32-graph", "tensorrt-int8"]
+    assert part3.choose_candidates(None, "cuda") == ON_GPU
+    assert part3.choose_candidates(None, "cpu") == list(part3.CANDIDATES)
+    why = part3.why_missing("torch-cpu", "cuda", {})
+    assert why == {"status": "unavailable", "reason": "it runs with --device cpu"}
+
+
+# --- candidates that this machine lacks -----------------------------------------------------------
+
+
+def test_failed_parity_is_a_row_with_its_numbers_and_no_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(part3.GATES, "fp32", 1.1)
+    job = make_export_job(tmp_path)
+    part3.export_graphs(["fp32"], job, None, data.load_images("digits", "test").images[:3].numpy())
+    monkeypatch.undo()
+    images = data.load_images("digits", "test").images[:16]
+    check = part3.parity_check(load_model("vit_digits"), images)
+    strict = part3.CANDIDATES["onnxruntime-cpu"]
+    monkeypatch.setitem(part3.CANDIDATES, "onnxruntime-cpu", replace(strict, precision="strict"))
+    monkeypatch.setitem(part3.GATES, "strict", 1.1)
+    jobs = [part3.make_job(name, job) for name in ("torch-cpu", "onnxruntime-cpu")]
+    rows, _ = benchmark.measure_block(jobs, images, None, 2, 0.01, 10.0, check=check)
+    assert rows["torch-cpu"]["status"] == "ok"
+    assert rows["torch-cpu"]["parity_images"] == 16
+    failed = rows["onnxruntime-cpu"]
+    assert failed["status"] == "failed"
+    assert failed["reason"].startswith("ParityError: cosine 1.0")
+    assert failed["parity_cosine"] > 0.9999
+    assert failed["parity_max_difference"] > 0
+    assert failed["build_seconds"] > 0
+    assert "latency_ms_median" not in failed
+
+
+@pytest.fixture(scope="module")
+def exported_half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("half") / "vit_digits-fp16.onnx"
+    module = onnx_tools.HalfPrecision(load_model("vit_digits").module)
+    onnx_tools.write_onnx(module, torch.zeros(1, 3, 32, 32), path)
+    return path
+
+
+@pytest.fixture
+def half_graph(exported_half: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copy(exported_half, tmp_path))
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> standin.Gpu:
+    """Stand-ins for the GPU's libraries, and for the two places where PyTorch meets them."""
+
+    def join_stream(runner: Any) -> Tensor:
+        interface = runner.device_logits.__cuda_array_interface__
+        return torch.from_numpy(standin.as_array(interface["data"][0], interface["shape"]))
+
+    monkeypatch.setattr(part3, "join_stream", join_stream)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    monkeypatch.setattr(part3, "_opened", part3.contextlib.ExitStack())
+    return standin.install(monkeypatch)
+
+
+def test_tensorrt_candidate_serves_both_kinds_of_calls(
+    half_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    gpu = stand_in(monkeypatch)
+    model = load_model("vit_digits")
+    x = data.preprocess(data.load_images("digits", "test").images[:4], model.preprocessing)
+    expected = model.module(x)
+    job = part3.make_job("tensorrt-fp16", make_export_job(tmp_path))
+    variant = part3.build_tensorrt(model.module, x, job)
+    allocated = gpu.allocations
+    torch.testing.assert_close(variant.call(x), expected, rtol=0.02, atol=0.02)
+    assert variant.host_call is not None
+    np.testing.assert_array_equal(variant.host_call(x), variant.call(x))
+    assert gpu.allocations == allocated
+    assert variant.columns["cuda_graph"] is True
+    assert variant.columns["engine_cached"] is False
+    assert variant.columns["engine_build_seconds"] > 0
+    (plan,) = tmp_path.glob("*.plan")
+    assert variant.size_bytes == plan.stat().st_size
+    block = timing.time_block(variant.call, [x, x], 3)
+    assert len(block.latencies_ms) == 3
+    part3._opened.close()
+    assert gpu.live == {}
+
+
+@pytest.mark.parametrize("fault", ["device", "driver"])
+def test_tensorrt_without_a_usable_gpu_is_unavailable(
+    half_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+):
+    stand_in(monkeypatch).faults.add(fault)
+    row: dict[str, Any] = {}
+    with recorded(row):
+        job = part3.make_job("tensorrt-fp16", make_export_job(tmp_path))
+        part3.build_tensorrt(nn.Identity(), torch.zeros(4, 3, 32, 32), job)
+    assert row["status"] == "unavailable"
+    assert "GPU" in row["reason"]
+
+
+def test_tensorrt_that_is_only_a_stub_package_is_unavailable(
+    half_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stand_in(monkeypatch)
+    monkeypatch.setitem(sys.modules, "tensorrt", types.ModuleType("tensorrt"))
+    row: dict[str, Any] = {}
+    with recorded(row):
+        job = part3.make_job("tensorrt-fp16", make_export_job(tmp_path))
+        part3.build_tensorrt(nn.Identity(), torch.zeros(4, 3, 32, 32), job)
+    assert row == {
+        "status": "unavailable",
+        "reason": "TensorRT is not installed: its package here is an empty stub",
+    }
+
+
+def test_fp8_on_an_older_gpu_is_unavailable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    stand_in(monkeypatch)
+    job = part3.make_job("tensorrt-fp8", make_export_job(tmp_path))
+    with pytest.raises(UnavailableError, match=r"fp8 needs a GPU of compute capability 8\.9"):
+        part3.build_tensorrt(nn.Identity(), torch.zeros(4, 3, 32, 32), job)
+
+
+def test_operator_that_tensorrt_lacks_is_a_failed_row(
+    half_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stand_in(monkeypatch)
+    model = onnx.load(half_graph)
+    next(n for n in model.graph.node if n.op_type == "Gelu").domain = "my.domain"
+    onnx.save(model, half_graph)
+    row: dict[str, Any] = {}
+    with recorded(row):
+        job = part3.make_job("tensorrt-fp16", make_export_job(tmp_path))
+        part3.build_tensorrt(nn.Identity(), torch.zeros(4, 3, 32, 32), job)
+    assert row["status"] == "failed"
+    assert "no importer for Gelu" in row["reason"]
+
+
+def test_engine_with_a_nan_weight_fails_parity(
+    half_graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    stand_in(monkeypatch)
+    graph = onnx.load(half_graph)
+    weight = next(t for t in graph.graph.initializer if len(t.dims) == 2)
+    values = numpy_helper.to_array(weight).copy()
+    values[0, 0] = np.nan
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    onnx.save(graph, half_graph)
+    model = load_model("vit_digits")
+    job = part3.make_job("tensorrt-fp16", make_export_job(tmp_path))
+    images = data.load_images("digits", "test").images[:4]
+    check = part3.parity_check(model, images)
+    variant = part3.build_tensorrt(nn.Identity(), torch.zeros(4, 3, 32, 32), job)
+    row: dict[str, Any] = {"candidate": "tensorrt-fp16"}
+    with pytest.raises(part3.ParityError, match="cosine nan"):
+        check(row, lambda x: variant.call(data.preprocess(images, model.preprocessing)).numpy())
+    assert row["parity_images"] == 4
+    part3._opened.close()
+
+
+# --- models ---------------------------------------------------------------------------------------
+
+
+def test_checkpoint_of_part_2_is_loaded_by_part_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "best.safetensors"
+    path.touch()
+    path.with_suffix(".json").write_text('{"dataset": "digits"}')
+    asked = []
+
+    def load_checkpoint(path: Path) -> LoadedModel:
+        asked.append(path)
+        return replace(load_model("vit_digits"), module=nn.Linear(2, 2).train())
+
+    part2 = types.SimpleNamespace(load_checkpoint=load_checkpoint)
+    monkeypatch.setitem(sys.modules, "part2_tune", part2)
+    model = part3.load_trained(str(path))
+    assert asked == [path]
+    assert not model.module.training
+    assert not any(p.requires_grad for p in model.module.parameters())
+    monkeypatch.setattr(part3, "PART2_MODEL", path)
+    args = part3.parse_args([])
+    assert (args.model, args.dataset) == (str(path), "digits")
+    named = part3.checkpoint_of("smallcnn_cifar100")
+    assert named == ROOT / "weights" / "smallcnn_cifar100.safetensors"
+
+
+def test_data_set_and_folders_follow_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(part3, "PART2_MODEL", tmp_path / "absent.safetensors")
+    assert part3.parse_args([]).model == "vit_tiny_imagenet"
+    assert part3.parse_args([]).dataset == "tiny-imagenet"
+    assert part3.parse_args(["--model", "vit_digits"]).dataset == "digits"
+    assert part3.parse_args(["--model", "smallcnn_cifar100"]).dataset == "cifar100"
+    assert part3.parse_args(["--model", "dinov2_vits14_lc"]).dataset == "tiny-imagenet"
+    assert part3.parse_args(["--model", "vit_digits", "--dataset", "folder"]).dataset == "folder"
+    assert part3.parse_args(["--output-dir", "x"]).engine_dir == Path("x/engines")
+
+
+def test_graph_names_stay_inside_the_engine_folder(tmp_path: Path):
+    for model in ("timm/resnet50", "../../etc/best.safetensors", "/abs/best.safetensors"):
+        assert part3.graph_path(tmp_path, model, "fp16").parent == tmp_path
+
+
+def test_list_names_every_candidate(capsys: pytest.CaptureFixture[str]):
+    assert part3.main(["--list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(part3.CANDIDATES)
+    assert all(len(line) > 40 for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        (["--model", "vit_digit"], "vit_digits"),
+        (["--model", "/does/not/exist.safetensors"], "does not exist: run part2_tune.py"),
+        (["--model", "x.safetensors", "--untrained"], "holds trained weights"),
+        (["--dataset", "digit"], "digits"),
+        (["--candidates", "tensorrt-fp61"], "tensorrt-fp16"),
+        (["--candidates", ","], "at least one name"),
+        (["--batch-sizes", "0"], "at least 1"),
+        (["--batch-sizes", "361"], "has 360 images"),
+        (["--batch-sizes", "1,x"], "at least 1"),
+        (["--num-images", "361"], "has 360 images"),
+        (["--threads", "0"], "at least 1"),
+        (["--rounds", "-1"], "at least 1"),
+        (["--block-seconds", "nan"], "above 0"),
+        (["--seed", "-1"], "whole number from 0"),
+        (["--device", "tpu"], "invalid choice"),
+        (["--no-such-flag"], "unrecognized"),
+        (["--dataset", "tiny-imagenet", "--data-dir", __file__], "no wnids.txt"),
+        (["--engine-dir", __file__], f"cannot write to --engine-dir {__file__}"),
+        (["--output-dir", __file__], f"cannot write to --output-dir {__file__}"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    flags: list[str], hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    arguments = [*SMALL, "--export-only", "--output-dir", str(tmp_path), *flags]
+    assert part3.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert hint in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cuda_without_a_gpu_is_a_users_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert part3.main([*SMALL, "--device", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith("error: --device cuda")

@@ -1,0 +1,264 @@
+"""Tables and figures of a study and of the trainings after it.
+
+A trial's user attributes `hparams` (the configuration as trained), `parameters` and `history`
+(a dict per epoch: number, loss, seconds, setup_seconds) come from the objective; its value and
+intermediate values are the top-1 of held-out images in percent.
+"""
+
+import contextlib
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from optuna.trial import FrozenTrial, TrialState
+
+from utils import results
+
+Row = dict[str, Any]
+
+TRIAL_COLUMNS = (
+    *("study", "trial", "state", "reason", "retry_of", "held_out_top1_percent", "epochs"),
+    *("parameters", "train_seconds", "setup_seconds", "total_seconds", "started"),
+)
+HISTORY_COLUMNS = ("trial", "state", "epoch", "held_out_top1_percent", "loss", "seconds")
+IMPORTANCE_COLUMNS = ("hyperparameter", "importance", "complete_trials")
+SHOWN = {
+    "configuration": "s",
+    "trainings": "d",
+    "parameters": "d",
+    "epochs": "d",
+    "train_seconds_mean": ".1f",
+    "top1_percent_mean": ".2f",
+    "top1_percent_sd": ".2f",
+    "top1_percent_low": ".2f",
+    "top1_percent_high": ".2f",
+}
+FIGURES = (
+    "optimization_history.png",
+    "importances.png",
+    "learning_curves.png",
+    "top_parameters.png",
+    "final.png",
+)
+MIN_COMPLETE = 10  # trials below which importances mean nothing
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a CSV that `results.write_csv` wrote; none if there is no such file."""
+    if not path.is_file():
+        return []
+    return [
+        {str(key): value for key, value in row.items()}
+        for row in pd.read_csv(path).to_dict("records")
+    ]
+
+
+def best_trial(study: optuna.Study) -> FrozenTrial | None:
+    """The complete trial with the highest value, if there is one."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return max(complete, key=lambda trial: trial.value or 0.0, default=None)
+
+
+def trial_row(study_name: str, trial: FrozenTrial, names: Sequence[str]) -> Row:
+    attributes = trial.user_attrs
+    hparams = attributes.get("hparams", trial.params)
+    last = (attributes.get("history") or [{}])[-1]
+    duration = trial.duration
+    return {
+        "study": study_name,
+        "trial": trial.number,
+        "state": trial.state.name.lower(),
+        "reason": attributes.get("reason", attributes.get("interrupted")),
+        "retry_of": attributes.get("retry_of"),
+        "held_out_top1_percent": trial.value,
+        "epochs": len(attributes.get("history", ())),
+        "parameters": attributes.get("parameters"),
+        "train_seconds": _rounded(last.get("seconds")),
+        "setup_seconds": _rounded(last.get("setup_seconds")),
+        "total_seconds": None if duration is None else _rounded(duration.total_seconds()),
+        "started": trial.datetime_start and trial.datetime_start.isoformat(timespec="seconds"),
+        **{name: hparams.get(name) for name in names},
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 2)
+
+
+def history_rows(trial: FrozenTrial) -> list[Row]:
+    losses = {epoch["number"]: epoch for epoch in trial.user_attrs.get("history", ())}
+    return [
+        {
+            "trial": trial.number,
+            "state": trial.state.name.lower(),
+            "epoch": epoch,
+            "held_out_top1_percent": round(value, 3),
+            "loss": losses.get(epoch, {}).get("loss"),
+            "seconds": _rounded(losses.get(epoch, {}).get("seconds")),
+        }
+        for epoch, value in sorted(trial.intermediate_values.items())
+    ]
+
+
+def importance_rows(study: optuna.Study) -> list[Row]:
+    """Importances by PED-ANOVA (Watanabe et al. 2023); none with too few complete trials.
+
+    They tell which hyperparameters set the best tenth of the complete trials apart from the rest,
+    not what happens when one is changed alone.
+    """
+    complete = len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    if complete < MIN_COMPLETE:
+        return []
+    importances = optuna.importance.get_param_importances(study)
+    return [
+        {"hyperparameter": name, "importance": round(value, 4), "complete_trials": complete}
+        for name, value in importances.items()
+    ]
+
+
+def write_study(study: optuna.Study, names: Sequence[str], folder: Path) -> None:
+    """Write trials.csv, history.csv, importances.csv and their figures into the folder.
+
+    `names` are the hyperparameters, a column each.
+    """
+    trials = study.get_trials(deepcopy=False)
+    rows = [trial_row(study.study_name, trial, names) for trial in trials]
+    history = [row for trial in trials for row in history_rows(trial)]
+    importances = importance_rows(study)
+    results.write_csv(folder / "trials.csv", rows, (*TRIAL_COLUMNS, *names))
+    results.write_csv(folder / "history.csv", history, HISTORY_COLUMNS)
+    results.write_csv(folder / "importances.csv", importances, IMPORTANCE_COLUMNS)
+    draw_study(rows, history, importances, folder)
+
+
+def summarize(rows: Iterable[Row]) -> list[Row]:
+    """One row per configuration: mean, standard deviation and 95 % t-interval of its top-1.
+
+    The interval speaks of other seeds, not of other test images.
+    """
+    from scipy import stats
+
+    summary = []
+    for name, group in pd.DataFrame(rows).groupby("configuration", sort=False):
+        top1 = group["top1_percent"].tolist()
+        mean, n = statistics.fmean(top1), len(top1)
+        sd = statistics.stdev(top1) if n > 1 else None
+        half = None if sd is None else float(stats.t.ppf(0.975, n - 1)) * sd / n**0.5
+        summary.append(
+            {
+                "configuration": name,
+                "trainings": n,
+                "parameters": int(group["parameters"].iloc[0]),
+                "epochs": int(group["epochs"].iloc[0]),
+                "train_seconds_mean": statistics.fmean(group["train_seconds"]),
+                "top1_percent_mean": mean,
+                "top1_percent_sd": sd,
+                "top1_percent_low": None if half is None else mean - half,
+                "top1_percent_high": None if half is None else mean + half,
+            }
+        )
+    return summary
+
+
+# --- figures --------------------------------------------------------------------------------------
+
+COLOURS = {"complete": "tab:blue", "pruned": "tab:orange", "fail": "tab:red"}
+
+
+def draw_study(
+    trials: Sequence[Row], history: Sequence[Row], importances: Sequence[Row], folder: Path
+) -> None:
+    """Draw the first four FIGURES, as far as there are trials to draw."""
+    complete = [row for row in trials if row["state"] == "complete"]
+    if not complete:
+        return
+    draw_optimization_history(trials, folder / "optimization_history.png")
+    draw_learning_curves(history, folder / "learning_curves.png")
+    if importances:
+        draw_importances(importances, folder / "importances.png")
+        top = [row["hyperparameter"] for row in importances[:3]]
+        draw_parameters(complete, top, folder / "top_parameters.png")
+
+
+@contextlib.contextmanager
+def _figure(path: Path, columns: int = 1) -> Iterator[Any]:
+    """Yield axes and save what was drawn on them."""
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+
+    figure = Figure(figsize=(max(7, 4 * columns), 4), layout="tight")
+    yield figure.subplots(1, columns, sharey=True)
+    temporary = path.with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=120)
+    temporary.replace(path)
+
+
+def draw_optimization_history(trials: Sequence[Row], path: Path) -> None:
+    """Every trial's last value, and the best complete one so far."""
+    with _figure(path) as axes:
+        for state, colour in COLOURS.items():
+            chosen = [r for r in trials if r["state"] == state and r["held_out_top1_percent"]]
+            x, y = [r["trial"] for r in chosen], [r["held_out_top1_percent"] for r in chosen]
+            axes.scatter(x, y, color=colour, s=14, label=state)
+        complete = [r for r in trials if r["state"] == "complete"]
+        best = pd.Series([r["held_out_top1_percent"] for r in complete]).cummax()
+        axes.step([r["trial"] for r in complete], best, where="post", color="black", label="best")
+        axes.set(xlabel="trial", ylabel="held-out top-1, %")
+        axes.legend()
+
+
+def draw_learning_curves(history: Sequence[Row], path: Path) -> None:
+    """Held-out accuracy by epoch; trials that were pruned end early."""
+    with _figure(path) as axes:
+        for _, curve in pd.DataFrame(history).groupby("trial"):
+            colour = COLOURS.get(curve["state"].iloc[0], "grey")
+            axes.plot(
+                curve["epoch"], curve["held_out_top1_percent"], color=colour, alpha=0.5, lw=0.9
+            )
+        for state in ("complete", "pruned"):
+            axes.plot([], [], color=COLOURS[state], label=state)
+        axes.set(xlabel="epoch", ylabel="held-out top-1, %")
+        axes.legend()
+
+
+def draw_importances(importances: Sequence[Row], path: Path) -> None:
+    """Importance of each hyperparameter, the largest on top."""
+    with _figure(path) as axes:
+        shown = list(reversed(importances))
+        axes.barh([r["hyperparameter"] for r in shown], [r["importance"] for r in shown])
+        axes.set(xlabel=f"importance over {shown[0]['complete_trials']} complete trials")
+
+
+def draw_parameters(complete: Sequence[Row], names: Sequence[str], path: Path) -> None:
+    """Value against each of the named hyperparameters."""
+    with _figure(path, columns=len(names)) as panels:
+        for axes, name in zip([panels] if len(names) == 1 else panels, names, strict=True):
+            x = [row[name] for row in complete]
+            axes.scatter(x, [row["held_out_top1_percent"] for row in complete], s=14)
+            if all(isinstance(value, float) and value > 0 for value in x) and max(x) > 10 * min(x):
+                axes.set_xscale("log")
+            axes.set(xlabel=name)
+        axes = panels if len(names) == 1 else panels[0]
+        axes.set(ylabel="held-out top-1, %")
+
+
+def draw_final(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Every final training's test accuracy, with each configuration's mean and 95 % interval."""
+    with _figure(folder / "final.png") as axes:
+        for position, summary in enumerate(summarize([dict(row) for row in rows])):
+            name = summary["configuration"]
+            top1 = [row["top1_percent"] for row in rows if row["configuration"] == name]
+            axes.scatter([position] * len(top1), top1, s=14, color="tab:blue")
+            if summary["top1_percent_low"] is not None:
+                half = summary["top1_percent_high"] - summary["top1_percent_mean"]
+                axes.errorbar(
+                    position + 0.1, summary["top1_percent_mean"], half, fmt="_", color="black"
+                )
+        names = list(dict.fromkeys(row["configuration"] for row in rows))
+        axes.set_xticks(range(len(names)), names)
+        axes.set(ylabel="test top-1, %", xlim=(-0.5, len(names) - 0.5))
