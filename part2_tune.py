@@ -1,26 +1,28 @@
 """Part 2: tune a small convolutional network for CIFAR-100, then train the best configuration.
 
-Optuna looks for the hyperparameters on a held-out part of the training images. Then the default
-and the best configuration are trained on all of them with several seeds, and the test images are
-looked at once for each trained network.
+Optuna compares configurations on a held-out tenth of the training images. Then the default and the
+best configuration are trained on all training images with several seeds; the test images are looked
+at once for each trained network.
 
-    python part2_tune.py                                   # study, then final training
+    python part2_tune.py                                   # study, then final trainings
     python part2_tune.py --quick                           # under a minute, offline: digits
     python part2_tune.py --workers 4 --trials 200          # continues the study with 4 processes
-    python part2_tune.py --sampler random --study-name random         # the same cost, no model
+    python part2_tune.py --sampler random --study-name random         # the sampler's yardstick
     python part2_tune.py --dataset folder --data-dir my/images        # your own classes
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import optuna
@@ -30,24 +32,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import augmentation, cli, data, evaluation, models, results, study, tuning_report
-from utils.training import Muon, capture, memory_format, warmup_cosine
+from utils.isolation import Worker, recorded
+from utils.training import Muon, capture, memory_format, prepare_backend, warmup_cosine
 
-FINAL_COLUMNS = (
-    *("configuration", "seed", "device", "epochs", "parameters", "train_images", "compiled"),
-    *("train_seconds", "setup_seconds", "final_loss", "top1_percent", "top5_percent"),
-    *("num_images", "hparams"),
-)
-FINAL_HISTORY_COLUMNS = ("configuration", "seed", "number", "loss", "seconds", "setup_seconds")
-RESULT_FILES = (
-    *("trials.csv", "history.csv", "importances.csv", "final.csv", "final_history.csv"),
-    *("best_params.json", "best.safetensors", "best.json"),
-)
 HELD_OUT = 0.1  # share of the training images on which configurations are compared
 STUDY_NAME = "smallcnn"
+CONFIGURATIONS = ("default", "tuned")
 QUICK = {
     "dataset": "digits",
     "device": "cpu",
-    "flip": False,
+    "study_name": "quick",
     "trials": 8,
     "workers": 2,
     "tune_epochs": 4,
@@ -71,37 +65,38 @@ class HParams:
     dropout: float = 0.0  # of the features before the classifier
     optimizer: str = "muon"
     learning_rate: float = 1.0  # peak, as a multiple of PEAK_RATES
-    weight_decay: float = 1.0  # as a multiple of WEIGHT_DECAYS
-    warmup: float = 0.2  # share of the steps
     batch_size: int = 512  # images
-    label_smoothing: float = 0.1
     cutmix: float = 0.5  # share of the images that take a square from another
 
 
-# Values known to work with batches of REFERENCE_BATCH; the search multiplies them, and rates grow
-# with the root of the batch. Muon serves the kernels of inner convolutions, SGD the rest.
-REFERENCE_BATCH = 512
-PEAK_RATES = {"sgd": 0.8, "adamw": 4e-3, "muon": 0.06}
-WEIGHT_DECAYS = {"sgd": 5e-4, "adamw": 0.05, "muon": 5e-4}
-PEAK_RATE_BESIDE_MUON = 0.2
-
-
 def suggest(trial: optuna.trial.BaseTrial, batch_sizes: Sequence[int]) -> HParams:
-    """The search space."""
+    """The search space.
+
+    A trial is several times shorter than the final training, which wants more regularisation: so
+    CutMix and dropout are searched near their usual values, and label smoothing, weight decay and
+    warm-up stay as they are.
+    """
     return HParams(
-        width=trial.suggest_int("width", 32, 96, step=16),
+        width=trial.suggest_int("width", 48, 96, step=16),
         depth1=trial.suggest_int("depth1", 0, 2),
         depth2=trial.suggest_int("depth2", 1, 3),
         depth3=trial.suggest_int("depth3", 1, 3),
-        dropout=trial.suggest_float("dropout", 0.0, 0.3),
+        dropout=trial.suggest_float("dropout", 0.0, 0.2),
         optimizer=trial.suggest_categorical("optimizer", list(PEAK_RATES)),
-        learning_rate=trial.suggest_float("learning_rate", 0.2, 3.0, log=True),
-        weight_decay=trial.suggest_float("weight_decay", 0.2, 5.0, log=True),
-        warmup=trial.suggest_float("warmup", 0.05, 0.4),
+        learning_rate=trial.suggest_float("learning_rate", 0.2, 2.5, log=True),
         batch_size=trial.suggest_categorical("batch_size", list(batch_sizes)),
-        label_smoothing=trial.suggest_float("label_smoothing", 0.0, 0.2),
-        cutmix=trial.suggest_float("cutmix", 0.0, 0.8),
+        cutmix=trial.suggest_float("cutmix", 0.3, 0.7),
     )
+
+
+# Known to work with batches of 512; rates grow with the root of the batch. Muon serves the kernels
+# of the inner convolutions, SGD whatever else it trains.
+PEAK_RATES = {"sgd": 0.8, "adamw": 4e-3, "muon": 0.06}
+PEAK_RATE_BESIDE_MUON = 0.2
+REFERENCE_BATCH = 512
+WEIGHT_DECAYS = {"sgd": 5e-4, "adamw": 0.05, "muon": 5e-4}
+LABEL_SMOOTHING = 0.1
+WARMUP = 0.2  # share of the steps
 
 
 def batch_sizes_for(num_images: int) -> list[int]:
@@ -110,9 +105,10 @@ def batch_sizes_for(num_images: int) -> list[int]:
     return [smallest, 2 * smallest, 4 * smallest]
 
 
-def default_hparams(num_images: int) -> HParams:
-    """The default configuration for a training set of this size."""
-    return HParams(batch_size=batch_sizes_for(num_images)[1])
+def default_hparams(images: data.ImageSet, max_params: int) -> HParams:
+    """The default configuration for these training images."""
+    hparams = HParams(batch_size=batch_sizes_for(len(images))[1])
+    return fit_width(hparams, len(images.classes), max_params)
 
 
 def fit_width(hparams: HParams, num_classes: int, max_params: int) -> HParams:
@@ -137,7 +133,7 @@ class ConvNormAct(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions whose result is added to their input; an identity before training."""
+    """Two 3x3 convolutions whose result is added to their input; at first it adds nothing."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -174,14 +170,26 @@ class SmallCNN(nn.Module):
         return self.head(self.dropout(self.features(x).mean((2, 3))))
 
 
-def build_network(hparams: HParams, num_classes: int) -> SmallCNN:
-    depths = (hparams.depth1, hparams.depth2, hparams.depth3)
-    return SmallCNN(hparams.width, depths, hparams.dropout, num_classes)
+def architecture_of(hparams: HParams, num_classes: int) -> dict[str, Any]:
+    """The arguments of SmallCNN."""
+    depths = [hparams.depth1, hparams.depth2, hparams.depth3]
+    shape = {"width": hparams.width, "depths": depths, "dropout": hparams.dropout}
+    return shape | {"num_classes": num_classes}
 
 
 def count_parameters(hparams: HParams, num_classes: int) -> int:
     with torch.device("meta"):  # shapes without memory
-        return sum(p.numel() for p in build_network(hparams, num_classes).parameters())
+        network = SmallCNN(**architecture_of(hparams, num_classes))
+    return sum(p.numel() for p in network.parameters())
+
+
+def load_checkpoint(path: Path) -> models.LoadedModel:
+    """Load the network that this script saved as `path`, with its card beside it.
+
+    Raises:
+        UserError: missing, damaged or foreign files.
+    """
+    return models.load_checkpoint(path, SmallCNN, "python part2_tune.py")
 
 
 # --- training: one loop for trials and final networks ---------------------------------------------
@@ -209,7 +217,7 @@ class Task:
 class Epoch:
     """An epoch that is over."""
 
-    number: int  # counted from 1
+    epoch: int  # counted from 1
     loss: float  # mean of its steps
     seconds: float  # of training since the start, without evaluations between epochs
     setup_seconds: float  # before the first step: choice of kernels, compilation, recording
@@ -217,10 +225,7 @@ class Epoch:
 
 def make_task(images: data.ImageSet, flip: bool, device: torch.device) -> Task:
     """Move the images to the device and measure their channels' mean and deviation."""
-    pixels = images.images.transpose(0, 1).flatten(1).double().div_(255)
-    mean = tuple(round(float(x), 4) for x in pixels.mean(1))
-    std = tuple(max(0.01, round(float(x), 4)) for x in pixels.std(1))  # of a constant channel: 0
-    return Task(data.to_device(images, device), mean, std, flip)
+    return Task(data.to_device(images, device), *data.channel_statistics(images), flip)
 
 
 def train(
@@ -228,23 +233,24 @@ def train(
 ) -> Iterator[Epoch]:
     """Train in place under a one-cycle schedule and yield after every epoch.
 
-    Weights, shuffling and augmentation follow PyTorch's global seed. A loss that is not finite is
-    yielded as it is: the caller decides.
+    Weights, shuffling and augmentation follow PyTorch's global seed; on a GPU some kernels still
+    add in varying order, so that two runs differ a little. A loss that is not finite is yielded as
+    it is: the caller decides.
     """
     clock = time.perf_counter()
-    batch_size = min(hparams.batch_size, len(task.images))
+    hparams = replace(hparams, batch_size=min(hparams.batch_size, len(task.images)))
     optimizers = make_optimizers(network, hparams)
-    step = make_step(network, optimizers, hparams, task, batch_size, compiled)
-    steps = len(task.images) // batch_size
+    step = make_step(network, optimizers, hparams, task, compiled)
+    steps = len(task.images) // hparams.batch_size
     setup_seconds, seconds = time.perf_counter() - clock, 0.0
     for epoch in range(epochs):
         clock = time.perf_counter()
         network.train()
-        order = torch.randperm(len(task.images), device=task.device)
+        batches = torch.randperm(len(task.images), device=task.device).split(hparams.batch_size)
         losses = torch.zeros((), device=task.device)
-        for i, batch in enumerate(order.split(batch_size)[:steps], start=epoch * steps):
+        for i, batch in enumerate(batches[:steps], start=epoch * steps):
             for optimizer, peak in optimizers:
-                rate = warmup_cosine(i, epochs * steps, hparams.warmup * epochs * steps, peak)
+                rate = warmup_cosine(i, epochs * steps, WARMUP * epochs * steps, peak)
                 for group in optimizer.param_groups:
                     group["lr"].fill_(rate)
             losses += step(batch)
@@ -266,13 +272,13 @@ def make_optimizers(
     vectors = [p for p in network.parameters() if p.ndim == 1]
     multiple = hparams.learning_rate * (hparams.batch_size / REFERENCE_BATCH) ** 0.5
     peak = multiple * PEAK_RATES[hparams.optimizer]
-    decay = hparams.weight_decay * WEIGHT_DECAYS[hparams.optimizer]
     rate = torch.zeros((), device=device)
     optimizers: list[tuple[torch.optim.Optimizer, float]] = []
     if hparams.optimizer == "muon":
         optimizers.append((Muon(kernels[1:], rate, momentum=0.9), peak))
         kernels, rate = kernels[:1], torch.zeros((), device=device)
         peak = multiple * PEAK_RATE_BESIDE_MUON
+    decay = WEIGHT_DECAYS[hparams.optimizer]
     groups = [
         {"params": [*kernels, network.head.weight], "weight_decay": decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -290,7 +296,6 @@ def make_step(
     optimizers: Sequence[tuple[torch.optim.Optimizer, float]],
     hparams: HParams,
     task: Task,
-    batch_size: int,
     compiled: bool,
 ) -> Callable[[Tensor], Tensor]:
     """One optimisation step: indices of a batch `[batch_size]` -> its loss.
@@ -299,22 +304,25 @@ def make_step(
     hundred kernels one by one would take longer than running them.
     """
     on_gpu = task.device.type == "cuda"
-    forward = torch.compile(network) if compiled else network
+    forward = torch.compile(network, dynamic=False) if compiled else network
     padded = augmentation.pad_for_crops(task.images.images, task.size // 8)
 
     def step(batch: Tensor) -> Tensor:
         x, targets = augment(padded, batch, task, hparams.cutmix)
         with torch.autocast(task.device.type, torch.bfloat16, enabled=on_gpu):
             logits = forward(x.to(memory_format=memory_format(task.device)))
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=hparams.label_smoothing)
+        loss = F.cross_entropy(logits.float(), targets, label_smoothing=LABEL_SMOOTHING)
         loss.backward()
         for optimizer, _ in optimizers:
             optimizer.step()
             optimizer.zero_grad()
         return loss.detach()
 
+    if not on_gpu:
+        return step
     network.train()
-    return capture(step, batch_size) if on_gpu else step
+    example = torch.randperm(len(task.images), device=task.device)[: hparams.batch_size]
+    return capture(step, example)
 
 
 def augment(padded: Tensor, batch: Tensor, task: Task, cutmix: float) -> tuple[Tensor, Tensor]:
@@ -326,14 +334,20 @@ def augment(padded: Tensor, batch: Tensor, task: Task, cutmix: float) -> tuple[T
     return augmentation.mix(x, targets, weights)
 
 
+@torch.no_grad()
 def evaluate(network: nn.Module, images: data.ImageSet, task: Task, half: bool) -> dict[str, float]:
     """Top-1 and top-5 in percent, single view; in bf16 on a GPU if `half`, else in fp32."""
-    device = task.device
+    layout, on_gpu = memory_format(task.device), task.device.type == "cuda"
     how = data.Preprocessing(task.size, task.mean, task.std)
     network.eval()
-    with torch.autocast(device.type, torch.bfloat16, enabled=half and device.type == "cuda"):
-        call = functools.partial(_forward, network)
-        logits = evaluation.predict(call, images.images, how, min(1000, len(images)), device)
+    with torch.autocast(task.device.type, torch.bfloat16, enabled=half and on_gpu):
+        logits = evaluation.predict(
+            lambda x: network(x.to(memory_format=layout)),
+            images.images,
+            how,
+            min(1000, len(images)),
+            task.device,
+        )
     labels = data.labels_of(images).cpu()
     return {
         "top1_percent": evaluation.percent(logits.argmax(1) == labels),
@@ -341,14 +355,10 @@ def evaluate(network: nn.Module, images: data.ImageSet, task: Task, half: bool) 
     }
 
 
-def _forward(network: nn.Module, x: Tensor) -> Tensor:
-    return network(x.to(memory_format=memory_format(x.device)))
-
-
 def start_network(hparams: HParams, num_classes: int, device: torch.device, seed: int) -> SmallCNN:
     """A network with fresh weights on the device; everything random after it follows the seed."""
     cli.seed_everything(seed)
-    network = build_network(hparams, num_classes)
+    network = SmallCNN(**architecture_of(hparams, num_classes))
     return network.to(device).to(memory_format=memory_format(device))
 
 
@@ -357,234 +367,220 @@ def start_network(hparams: HParams, num_classes: int, device: torch.device, seed
 
 @dataclass(frozen=True)
 class Setting:
-    """What all trials of a study share; a study made with another is not continued."""
+    """What all trainings of a run share."""
 
     dataset: str
-    data_dir: str | None
-    image_size: int
-    flip: bool
+    data_dir: Path | None
+    image_size: int  # pixels, of an image folder
     num_images: int | None
-    epochs: int
+    flip: bool
     max_params: int
+    threads: int  # of each process, on a CPU
     seed: int
 
+    def load(self, split: str) -> data.ImageSet:
+        number = self.num_images if split == "train" else None
+        return data.load_images(
+            self.dataset, split, self.data_dir, self.image_size, number, self.seed
+        )
 
-def load_training_images(setting: Setting) -> data.ImageSet:
-    folder = None if setting.data_dir is None else Path(setting.data_dir)
-    return data.load_images(
-        setting.dataset, "train", folder, setting.image_size, setting.num_images, setting.seed
-    )
 
-
-def make_objective(setting: Setting, device: torch.device) -> Callable[[optuna.Trial], float]:
+def make_objective(
+    setting: Setting, epochs: int, device: torch.device
+) -> Callable[[optuna.Trial], float]:
     """Load the images onto a worker's device; what is returned runs one trial."""
-    prepare_backend()
-    train_set, held_out = data.hold_out(load_training_images(setting), HELD_OUT)
-    task = make_task(train_set, setting.flip, device)
-    held_out = data.to_device(held_out, device)
-    return functools.partial(run_trial, setting, task, held_out)
+    prepare_backend(setting.threads)
+    train_set, held_out = data.hold_out(setting.load("train"), HELD_OUT)
+    task, held_out = make_task(train_set, setting.flip, device), data.to_device(held_out, device)
+    return functools.partial(run_trial, setting, epochs, task, held_out)
 
 
-def run_trial(setting: Setting, task: Task, held_out: data.ImageSet, trial: optuna.Trial) -> float:
+def run_trial(
+    setting: Setting, epochs: int, task: Task, held_out: data.ImageSet, trial: optuna.Trial
+) -> float:
     """Train one configuration; its value is the top-1 of held-out images after the last epoch."""
     classes = len(held_out.classes)
-    hparams = suggest(trial, batch_sizes_for(len(task.images)))
+    hparams = suggest(trial, batch_sizes_for(len(task.images) + len(held_out)))
     hparams = fit_width(hparams, classes, setting.max_params)
     trial.set_user_attr("hparams", asdict(hparams))
     trial.set_user_attr("parameters", count_parameters(hparams, classes))
     network = start_network(hparams, classes, task.device, setting.seed + trial.number)
-    epochs: list[Epoch] = []
+    history: list[Epoch] = []
     try:
-        for epoch in train(network, hparams, task, setting.epochs):
-            epochs.append(epoch)
-            if not math.isfinite(epoch.loss):
+        for done in train(network, hparams, task, epochs):
+            history.append(done)
+            if not math.isfinite(done.loss):
                 return math.nan
             top1 = evaluate(network, held_out, task, half=True)["top1_percent"]
-            trial.report(top1, epoch.number)
-            # Trial 0, the default configuration, is the yardstick and runs to its end.
-            if trial.number > 0 and epoch.number < setting.epochs and trial.should_prune():
+            trial.report(top1, done.epoch)
+            # The default configuration is the yardstick and runs to its end.
+            may_prune = done.epoch < epochs and "default" not in trial.user_attrs
+            if may_prune and trial.should_prune():
                 raise optuna.TrialPruned
         return top1
     finally:
-        trial.set_user_attr("history", [asdict(epoch) for epoch in epochs])
+        trial.set_user_attr("history", [asdict(done) for done in history])
+
+
+def describe_study(
+    setting: Setting, images: data.ImageSet, epochs: int, sampler: str, pruner: str
+) -> dict[str, Any]:
+    """What a study must keep when it is continued, in JSON's types."""
+    space = optuna.trial.FixedTrial(asdict(HParams(batch_size=batch_sizes_for(len(images))[0])))
+    suggest(space, batch_sizes_for(len(images)))
+    return {
+        "dataset": setting.dataset,
+        "classes": tuning_report.digest(images.classes),
+        "images": len(images),
+        "image_size": images.images.shape[-1],
+        "flip": setting.flip,
+        "max_params": setting.max_params,
+        "seed": setting.seed,
+        "epochs": epochs,
+        "sampler": sampler,
+        "pruner": pruner,
+        "search_space": tuning_report.digest(map(str, space.distributions.items())),
+    }
 
 
 # --- the final training ---------------------------------------------------------------------------
 
 
 def train_final(
-    hparams: HParams, task: Task, test_set: data.ImageSet, epochs: int, seed: int, compiled: bool
-) -> tuple[SmallCNN, dict[str, Any], list[Epoch]]:
-    """Train on all training images, then look at the test images once.
+    setting: Setting, hparams: HParams, epochs: int, seed: int, compiled: bool, device: torch.device
+) -> tuple[dict[str, Any], list[dict[str, Any]], models.Checkpoint]:
+    """In a worker: train on all training images, then look at the test images once.
 
-    Returns the network, its row of final.csv, and its epochs.
+    Returns columns of final.csv, one row per epoch, and what to save. The weights are rounded to
+    fp16 first, so that the accuracy is that of the saved network.
     """
-    network = start_network(hparams, len(test_set.classes), task.device, seed)
-    history: list[Epoch] = []
-    with tqdm(total=epochs, desc=f"seed {seed}", unit="epoch", disable=None) as bar:
-        for epoch in train(network, hparams, task, epochs, compiled):
-            if not math.isfinite(epoch.loss):
-                raise cli.UserError(f"seed {seed}: the loss is {epoch.loss}; tune again")
-            history.append(epoch)
-            bar.set_postfix_str(f"loss {epoch.loss:.3f}", refresh=False)
-            bar.update()
+    prepare_backend(setting.threads)
+    task, test_set = load_final_task(setting, device)
+    network = start_network(hparams, len(test_set.classes), device, seed)
+    history = []
+    for done in train(network, hparams, task, epochs, compiled):
+        if not math.isfinite(done.loss):
+            raise FloatingPointError(f"the loss is {done.loss} in epoch {done.epoch}")
+        history.append(asdict(done))
+    state = models.round_to_half(network)
+    scores = evaluate(network, test_set, task, half=False)
     row = {
-        "seed": seed,
-        "epochs": epochs,
         "parameters": sum(p.numel() for p in network.parameters()),
         "train_images": len(task.images),
-        "compiled": compiled,
-        "train_seconds": round(epoch.seconds, 2),
-        "setup_seconds": round(epoch.setup_seconds, 2),
-        "final_loss": round(epoch.loss, 4),
-        **evaluate(network, test_set, task, half=False),
+        "train_seconds": round(done.seconds, 2),
+        "setup_seconds": round(done.setup_seconds, 2),
+        "final_loss": round(done.loss, 4),
         "num_images": len(test_set),
+        **scores,
     }
-    return network, row, history
+    how = data.Preprocessing(task.size, task.mean, task.std)
+    architecture = architecture_of(hparams, len(test_set.classes))
+    return row, history, models.Checkpoint(state, architecture, how, scores["top1_percent"])
+
+
+@functools.cache  # a worker trains several networks on the same images
+def load_final_task(setting: Setting, device: torch.device) -> tuple[Task, data.ImageSet]:
+    test_set = setting.load(data.ACCURACY_SPLIT[setting.dataset])
+    return make_task(setting.load("train"), setting.flip, device), test_set
 
 
 def run_final(
+    setting: Setting,
     configurations: dict[str, HParams],
-    task: Task,
-    test_set: data.ImageSet,
     epochs: int,
-    seeds: Sequence[int],
+    repeats: int,
     compiled: bool,
+    device: torch.device,
     output_dir: Path,
 ) -> list[dict[str, Any]]:
-    """Train every configuration with every seed, leaving out what final.csv already holds."""
-    rows = tuning_report.read_rows(output_dir / "final.csv")
-    history = tuning_report.read_rows(output_dir / "final_history.csv")
-    for seed in seeds:  # the seed outside: an interrupted comparison is still a fair one
-        for name, hparams in configurations.items():
-            key = {"configuration": name, "seed": seed, "epochs": epochs}
-            key |= {"hparams": json.dumps(asdict(hparams)), "device": device_name(task.device)}
-            if any(key.items() <= row.items() for row in rows):
-                continue
-            network, row, epochs_done = train_final(hparams, task, test_set, epochs, seed, compiled)
-            rows = [r for r in rows if (r["configuration"], r["seed"]) != (name, seed)]
-            rows.append(key | row)
-            history = [r for r in history if (r["configuration"], r["seed"]) != (name, seed)]
-            history += [{"configuration": name, "seed": seed} | asdict(e) for e in epochs_done]
-            results.write_csv(output_dir / "final.csv", rows, FINAL_COLUMNS)
-            results.write_csv(output_dir / "final_history.csv", history, FINAL_HISTORY_COLUMNS)
-            print(f"{name}, seed {seed}: top-1 {row['top1_percent']:.2f} %", flush=True)
-            # The first seed's, whatever its accuracy: the best of several would flatter.
-            if name == "tuned" and seed == seeds[0]:
-                save_network(output_dir / "best.safetensors", network, hparams, task, test_set, row)
+    """Train every configuration with every seed, on all GPUs at once; a row of final.csv each."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    idle: SimpleQueue[tuple[Worker, torch.device]] = SimpleQueue()
+
+    def train_one(job: tuple[int, str]) -> tuple[dict[str, Any], Any]:
+        seed, name = job
+        row = {"configuration": name, "seed": seed, "epochs": epochs, "compiled": compiled}
+        row |= {"hparams": json.dumps(asdict(configurations[name])), "status": "ok"}
+        worker, place = idle.get()
+        outcome = None
+        with recorded(row):
+            outcome = worker.run(
+                train_final, setting, configurations[name], epochs, seed, compiled, place
+            )
+        idle.put((worker, place))
+        return row, outcome
+
+    # The seed outside: an interrupted comparison is still a fair one.
+    jobs = [(setting.seed + i, name) for i in range(repeats) for name in configurations]
+    rows: list[dict[str, Any]] = []
+    history: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(max(1, gpus)) as threads, contextlib.ExitStack() as workers:
+        for place in [torch.device("cuda", i) for i in range(gpus)] or [device]:
+            idle.put((workers.enter_context(Worker()), place))
+        bar = tqdm(threads.map(train_one, jobs), total=len(jobs), unit="training", disable=None)
+        for row, outcome in bar:
+            name, seed = row["configuration"], row["seed"]
+            if outcome is not None:
+                columns, epochs_done, checkpoint = outcome
+                row |= columns
+                history += [{"configuration": name, "seed": seed} | done for done in epochs_done]
+                # The first seed's, whatever its accuracy: the best of several would flatter.
+                if name == "tuned" and seed == setting.seed:
+                    save_network(output_dir / "best.safetensors", checkpoint, setting, row)
+            rows.append(row)
+            tuning_report.write_final(rows, history, output_dir)
+            tqdm.write(f"{name}, seed {seed}: {row.get('top1_percent', row.get('reason'))}")
     return rows
 
 
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
 def save_network(
-    path: Path,
-    network: SmallCNN,
-    hparams: HParams,
-    task: Task,
-    test_set: data.ImageSet,
-    row: dict[str, Any],
+    path: Path, checkpoint: models.Checkpoint, setting: Setting, row: dict[str, Any]
 ) -> None:
-    """Write the weights rounded to fp16, and a card with their accuracy after the rounding."""
-    state = models.half_state(network)
-    rounded = build_network(hparams, len(test_set.classes)).eval()
-    rounded.load_state_dict({name: value.float() for name, value in state.items()})
-    sample = models.sample_logits(rounded, task.size)
-    top1 = evaluate(rounded.to(task.device), test_set, task, half=False)["top1_percent"]
-    card = {
-        "architecture": {
-            "width": hparams.width,
-            "depths": [hparams.depth1, hparams.depth2, hparams.depth3],
-            "dropout": hparams.dropout,
-            "num_classes": len(test_set.classes),
-        },
-        "image_size": task.size,
-        "mean": task.mean,
-        "std": task.std,
-        "classes": test_set.classes,
-        "dataset": test_set.dataset,
-        "split": test_set.split,
-        "n_images": len(test_set),
-        "top1": round(top1, 2),
-        "sample_logits": sample,
-        "hyperparameters": asdict(hparams),
-        "training": {key: row[key] for key in ("seed", "epochs", "train_images", "train_seconds")},
-        "date": time.strftime("%Y-%m-%d"),
-        "torch": torch.__version__,
-        "hardware": device_name(task.device),
-    }
-    models.write_model(path, state, card)
-
-
-def load_checkpoint(path: Path) -> models.LoadedModel:
-    """Load what `save_network` wrote: `path` with its card beside it.
-
-    Raises:
-        UserError: missing, damaged or foreign files.
-    """
-    card = models.read_card(path, "python part2_tune.py")
-    state = models.read_weights(path, card, "python part2_tune.py")
-    try:
-        network = SmallCNN(**card["architecture"])
-        network.load_state_dict({name: value.float() for name, value in state.items()})
-        how = data.Preprocessing(card["image_size"], tuple(card["mean"]), tuple(card["std"]))
-        classes = tuple(card["classes"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise cli.UserError(
-            f"{path} does not hold a SmallCNN ({cli.first_line(error)}): write it again with "
-            "python part2_tune.py"
-        ) from error
-    network.eval().requires_grad_(False)
-    checkpoints = {path.name: card["sha256"]}
-    return models.LoadedModel(path.stem, network, how, classes, True, checkpoints)
+    """Write the weights and a card that says how they came about."""
+    test_set = setting.load(data.ACCURACY_SPLIT[setting.dataset])
+    network = SmallCNN(**checkpoint.architecture)
+    about = {key: row[key] for key in ("seed", "epochs", "train_images", "train_seconds")}
+    hparams = json.loads(row["hparams"])
+    models.write_checkpoint(
+        path, checkpoint, network, test_set, {"hyperparameters": hparams, "training": about}
+    )
 
 
 # --- the command line -----------------------------------------------------------------------------
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; `--quick` changes the defaults, and explicit flags still win."""
     parser = cli.Parser(__doc__)
-    add = parser.add_argument
-    stages = ("tune", "final", "all")
-    add("--stage", choices=stages, default="all", help="study, final training, or both in turn")
-    add("--dataset", default="cifar100", help="one of cifar100, digits, folder, tiny-imagenet")
+    add, number, boolean = parser.add_argument, cli.positive_int, argparse.BooleanOptionalAction
+    stages, threads = ("tune", "final", "all"), torch.get_num_threads()
+    add("--stage", choices=stages, default="all", help="study, final trainings, or both in turn")
+    add("--dataset", default="cifar100", help=f"one of {', '.join(data.DATASETS)}")
     add("--data-dir", type=Path, help="folder of the data set; data/<dataset> if not given")
-    add("--image-size", type=cli.positive_int, default=32, help="of --dataset folder, in pixels")
-    add("--num-images", type=cli.positive_int, help="training images; all if not given")
-    add(
-        "--flip",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="mirror training images left-right: not for digits or text",
-    )
-    add("--trials", type=cli.positive_int, default=100, help="of the study, over all its runs")
-    add("--workers", type=cli.positive_int, default=1, help="processes, spread over the GPUs")
+    add("--image-size", type=number, default=32, help="of --dataset folder, in pixels")
+    add("--num-images", type=number, help="training images; all if not given")
+    add("--flip", action=boolean, help="mirror images left-right; if not given, all but digits")
+    add("--trials", type=number, default=100, help="of the study, over all its runs")
+    add("--workers", type=number, default=1, help="processes of the study, spread over the GPUs")
     add("--timeout", type=cli.positive_float, help="seconds after which no trial starts")
-    add("--tune-epochs", type=cli.positive_int, default=16, help="epochs of each trial")
+    add("--tune-epochs", type=number, default=15, help="epochs of each trial")
     add("--sampler", choices=study.SAMPLERS, default="tpe", help="how configurations are chosen")
     add("--pruner", choices=study.PRUNERS, default="hyperband", help="which trials end early")
     add("--storage", help="journal file or database URL; study.journal in the output folder")
     add("--study-name", default=STUDY_NAME, help="others than this write to a folder of that name")
     add("--fresh", action="store_true", help="delete this study and its results, and start anew")
-    add("--max-params", type=cli.positive_int, default=5_000_000, help="parameters at most")
-    add("--final-epochs", type=cli.positive_int, default=72, help="epochs of the final training")
-    add("--repeats", type=cli.positive_int, default=5, help="final trainings a configuration")
+    add("--max-params", type=number, default=5_000_000, help="parameters at most")
+    add("--final-epochs", type=number, default=72, help="epochs of the final trainings")
+    add("--repeats", type=number, default=5, help="final trainings of each configuration")
     add(
         "--configurations",
         type=cli.name_list,
-        default=["default", "tuned"],
-        help="which to train finally, comma-separated: default, tuned",
+        default=list(CONFIGURATIONS),
+        help="which to train finally, comma-separated",
     )
-    add(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="compile the final trainings on a GPU: half a minute once, then a fifth faster",
-    )
+    add("--compile", action=boolean, default=True, help="compile the final trainings on a GPU")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-    add("--threads", type=cli.positive_int, default=torch.get_num_threads(), help="CPU threads")
+    add("--threads", type=number, default=threads, help="CPU threads, shared by the workers")
     add("--seed", type=cli.seed, default=0, help="of the study and of the first final training")
     add("--output-dir", type=Path, default=Path("results/part2"), help="folder for all results")
     add("--quick", action="store_true", help="a small run on digits: under a minute, no network")
@@ -592,66 +588,49 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.quick:
         parser.set_defaults(**QUICK)
         args = parser.parse_args(argv)
+    if args.flip is None:
+        args.flip = args.dataset != "digits"
+    if args.fresh and args.stage == "final":
+        raise cli.UserError("--fresh deletes the study that --stage final reads: leave one out")
     return args
 
 
-def prepare_backend() -> None:
-    """Let cuDNN try its kernels; keep fp32 true, which the reported accuracy is measured in."""
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False
-
-
-def prepare_output(output_dir: Path, study_name: str, fresh: bool) -> Path:
-    """The folder of this study's results, emptied of earlier ones if `fresh`."""
-    if not study_name or Path(study_name).name != study_name:
+def prepare_output(output_dir: Path, study_name: str) -> Path:
+    """The folder of a study's results."""
+    if study_name in ("", ".", "..") or Path(study_name).name != study_name:
         raise cli.UserError(f"--study-name {study_name!r}: choose a name without slashes")
-    folder = output_dir if study_name == STUDY_NAME else output_dir / study_name
-    folder = cli.make_output_dir(folder)
-    if fresh:
-        for name in (*RESULT_FILES, *tuning_report.FIGURES):
-            (folder / name).unlink(missing_ok=True)
-    return folder
+    return cli.make_output_dir(output_dir if study_name == STUDY_NAME else output_dir / study_name)
 
 
-def write_study(finished: optuna.Study, output_dir: Path) -> None:
-    """Write the tables, the best configuration and the figures of a study."""
-    names = [field.name for field in fields(HParams)]
-    tuning_report.write_study(finished, names, output_dir)
-    best = tuning_report.best_trial(finished)
-    if best is not None:
-        content = {
-            "study": finished.study_name,
-            "trial": best.number,
-            "held_out_top1_percent": best.value,
-            "hparams": best.user_attrs["hparams"],
-        }
-        results.write_json(output_dir / "best_params.json", content)
-
-
-def read_best(path: Path) -> HParams:
-    """The best configuration of a study, from best_params.json; UserError if it is not usable."""
-    try:
-        return HParams(**json.loads(path.read_text())["hparams"])
-    except OSError as error:
-        raise cli.UserError(
-            f"{path} cannot be read ({error.strerror}): run --stage tune first, or train only "
-            "--configurations default"
-        ) from error
-    except (ValueError, TypeError, KeyError) as error:
-        raise cli.UserError(f"{path} is damaged ({cli.first_line(error)}): tune again") from error
+def load_checked(setting: Setting, tuned: bool) -> data.ImageSet:
+    """The training images; UserError if they, or the test images, do not suffice."""
+    images = setting.load("train")
+    setting.load(data.ACCURACY_SPLIT[setting.dataset])
+    if len(images.classes) < 2 or images.images.shape[-1] < 8:
+        raise cli.UserError(f"{setting.dataset}: at least two classes and 8 pixels are needed")
+    if tuned:
+        data.hold_out(images, HELD_OUT)
+    return images
 
 
 def run_study(
-    setting: Setting, args: argparse.Namespace, device: torch.device, output_dir: Path
+    setting: Setting,
+    args: argparse.Namespace,
+    images: data.ImageSet,
+    device: torch.device,
+    output_dir: Path,
 ) -> None:
+    """Run or continue the study and write its tables, also when it is interrupted."""
     storage = args.storage or str(output_dir / "study.journal")
-    images = load_training_images(setting)  # decoded once; the workers read the cache
-    default = default_hparams(round((1 - HELD_OUT) * len(images)))
-    fit_width(default, len(images.classes), setting.max_params)
-    print(f"study {args.study_name}: {args.trials} trials in {storage}", flush=True)
+    threads = max(1, args.threads // args.workers)
+    about = describe_study(setting, images, args.tune_epochs, args.sampler, args.pruner)
+    default = default_hparams(images, setting.max_params)
+    if args.fresh:
+        tuning_report.delete_results(output_dir)
+    names = [field.name for field in fields(HParams)]
     try:
-        finished = study.tune(
-            functools.partial(make_objective, setting),
+        study.tune(
+            functools.partial(make_objective, replace(setting, threads=threads), args.tune_epochs),
             storage=storage,
             study_name=args.study_name,
             trials=args.trials,
@@ -663,18 +642,22 @@ def run_study(
             seed=args.seed,
             timeout=args.timeout,
             default_params=asdict(default),
-            setting=asdict(setting) | {"sampler": args.sampler, "pruner": args.pruner},
+            setting=about,
             fresh=args.fresh,
         )
-    except KeyboardInterrupt:
-        write_study(study.load_study(storage, args.study_name), output_dir)
+    except BaseException:
+        with contextlib.suppress(cli.UserError):  # the first error says what is wrong
+            tuning_report.write_study(study.load_study(storage, args.study_name), names, output_dir)
         raise
-    write_study(finished, output_dir)
-    if tuning_report.best_trial(finished) is None:
-        raise cli.UserError(
-            f"no trial is complete, see the reasons in {output_dir / 'trials.csv'}; raise --trials "
-            "or --timeout, or choose --pruner none"
-        )
+    tuning_report.write_study(study.load_study(storage, args.study_name), names, output_dir)
+    print(output_dir / "trials.csv")
+
+
+def read_tuned(path: Path, setting: Setting) -> HParams:
+    """The best configuration that the study left in `path`; UserError if it is not usable."""
+    hparams = HParams(**tuning_report.read_best(path, setting.dataset, HParams()))
+    cli.check_name(hparams.optimizer, PEAK_RATES, "optimizer")
+    return hparams
 
 
 @cli.command
@@ -684,44 +667,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = cli.pick_device(args.device)
     cli.check_name(args.dataset, data.DATASETS, "data set")
     for name in args.configurations:
-        cli.check_name(name, ("default", "tuned"), "configuration")
-    torch.set_num_threads(args.threads)
-    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for the workers
-    output_dir = prepare_output(args.output_dir, args.study_name, args.fresh)
-    data_dir = None if args.data_dir is None else str(args.data_dir.resolve())
+        cli.check_name(name, CONFIGURATIONS, "configuration")
     setting = Setting(
         dataset=args.dataset,
-        data_dir=data_dir,
+        data_dir=args.data_dir,
         image_size=args.image_size,
-        flip=args.flip,
         num_images=args.num_images,
-        epochs=args.tune_epochs,
+        flip=args.flip,
         max_params=args.max_params,
+        threads=args.threads,
         seed=args.seed,
     )
-    results.write_json(output_dir / "environment.json", results.environment())
-    if args.stage in ("tune", "all"):
-        run_study(setting, args, device, output_dir)
-        print(output_dir / "trials.csv")
-    if args.stage in ("final", "all"):
-        prepare_backend()
-        images = load_training_images(setting)
-        split = data.ACCURACY_SPLIT[args.dataset]
-        test_set = data.load_images(args.dataset, split, args.data_dir, args.image_size)
-        default = default_hparams(round((1 - HELD_OUT) * len(images)))
-        default = fit_width(default, len(images.classes), args.max_params)
-        chosen = {
-            name: default if name == "default" else read_best(output_dir / "best_params.json")
-            for name in args.configurations
-        }
-        task = make_task(images, args.flip, device)
-        seeds = range(args.seed, args.seed + args.repeats)
-        compiled = args.compile and device.type == "cuda"
-        rows = run_final(chosen, task, test_set, args.final_epochs, seeds, compiled, output_dir)
-        tuning_report.draw_final(rows, output_dir)
-        results.print_table(tuning_report.summarize(rows), tuning_report.SHOWN)
-        print(output_dir / "final.csv")
-    return 0
+    images = load_checked(setting, tuned=args.stage != "final")
+    output_dir = prepare_output(args.output_dir, args.study_name)
+    environment = results.environment(threads=args.threads)
+    if args.stage != "final":
+        run_study(setting, args, images, device, output_dir)
+        results.write_json(output_dir / "environment.json", environment)
+    if args.stage == "tune":
+        return 0
+    default = default_hparams(images, args.max_params)
+    chosen = {
+        name: default if name == "default" else read_tuned(output_dir / "best_params.json", setting)
+        for name in args.configurations
+    }
+    compiled = args.compile and device.type == "cuda"
+    rows = run_final(setting, chosen, args.final_epochs, args.repeats, compiled, device, output_dir)
+    results.write_json(output_dir / "final_environment.json", environment)
+    results.print_table(tuning_report.summarize(rows), tuning_report.SHOWN)
+    print(output_dir / "final.csv")
+    return int(any(row["status"] == "failed" for row in rows))
 
 
 if __name__ == "__main__":

@@ -106,6 +106,8 @@ def test_muon_treats_kernels_of_one_shape_each_by_itself():
 
 
 class FakeStream:
+    def __init__(self, device: object = None) -> None: ...
+
     def wait_stream(self, other: "FakeStream") -> None: ...
 
 
@@ -123,17 +125,15 @@ def test_a_captured_step_keeps_the_memory_that_its_graph_reads(monkeypatch):
     def step(batch: torch.Tensor, images: Images = images) -> torch.Tensor:
         return torch.ones(())
 
-    arange = torch.arange
     for name, fake in {
         "Stream": FakeStream,
         "current_stream": FakeStream,
         "CUDAGraph": FakeGraph,
         "stream": contextlib.nullcontext,
-        "graph": contextlib.nullcontext,
+        "graph": lambda graph, stream: contextlib.nullcontext(),
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch, "arange", lambda n, device: arange(n))
-    replay = capture(step, 4)
+    replay = capture(step, torch.arange(4))
     del step, images
     gc.collect()
     assert alive() is not None
@@ -149,7 +149,7 @@ def test_a_captured_step_trains_like_the_plain_one():
         rate = torch.zeros((), device="cuda")
         run = make_linear_step(images, weight, rate)
         if captured:
-            run = capture(run, 64)
+            run = capture(run, torch.arange(64, device="cuda"))
         del images
         rate.fill_(0.1)
         for _ in range(20):
@@ -170,3 +170,10 @@ def make_linear_step(images: torch.Tensor, weight: torch.Tensor, rate: torch.Ten
         return loss.detach()
 
     return step
+
+
+def test_warmup_never_exceeds_the_peak():
+    for warmup in (0.0, 0.2, 1.5, 3.0):
+        rates = [warmup_cosine(step, 6, warmup, 0.3) for step in range(6)]
+        assert max(rates) <= 0.3
+        assert rates[-1] < 0.15

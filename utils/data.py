@@ -134,11 +134,35 @@ def to_device(images: ImageSet, device: torch.device) -> ImageSet:
     return replace(images, images=images.images.to(device), labels=labels)
 
 
+def channel_statistics(images: ImageSet) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel on the 0-1 scale, to four decimals."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in images.images.cpu().unbind(1):
+        counts = torch.zeros(256, dtype=torch.int64)
+        for part in channel.split(10_000):  # bincount makes them 64-bit
+            counts += part.flatten().bincount(minlength=256)
+        mean = (counts * values).sum() / counts.sum()
+        variance = (counts * (values - mean) ** 2).sum() / counts.sum()
+        means.append(round(float(mean), 4))
+        deviations.append(max(0.01, round(float(variance.sqrt()), 4)))  # 0 in a constant channel
+    return tuple(means), tuple(deviations)
+
+
 def hold_out(images: ImageSet, share: float) -> tuple[ImageSet, ImageSet]:
-    """Split off `share` of each class, at least one image, always the same: (rest, held out)."""
+    """Split off `share` of each class, at least one image, always the same: (rest, held out).
+
+    Raises:
+        UserError: a class has only one image.
+    """
     labels = labels_of(images).cpu()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(HELD_OUT_SEED))
     members = [order[labels[order] == label] for label in labels.unique()]
+    if min(map(len, members)) < 2:
+        raise UserError(
+            f"{images.dataset} {images.split}: a class has a single image, and one of each must be "
+            "held out: take more images"
+        )
     counts = [max(1, round(share * len(m))) for m in members]
     rest = torch.cat([m[n:] for m, n in zip(members, counts, strict=True)]).sort().values
     held_out = torch.cat([m[:n] for m, n in zip(members, counts, strict=True)]).sort().values

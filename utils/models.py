@@ -15,8 +15,10 @@ import json
 import pickle
 import struct
 import sys
+import time
 import warnings
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -283,28 +285,31 @@ def build_reference_vit(
 def _load_reference(name: str, untrained: bool) -> LoadedModel:
     """Rebuild a model from `weights/<name>.json` and `.safetensors`, written by train_reference."""
     path = WEIGHTS_DIR / f"{name}.safetensors"
-    card = read_card(path, "git checkout weights, or python -m utils.train_reference")
-    module = build_reference_vit(**card["architecture"])
-    if not untrained:
-        state = read_weights(path, card, "git checkout weights")
-        module.load_state_dict({key: value.float() for key, value in state.items()})
-    preprocessing = Preprocessing(
-        card["architecture"]["image_size"], tuple(card["mean"]), tuple(card["std"])
-    )
-    checkpoints = {} if untrained else {path.name: card["sha256"]}
-    classes = tuple(card["classes"])
-    return LoadedModel(name, module, preprocessing, classes, not untrained, checkpoints)
+    remedy = "git checkout weights, or python -m utils.train_reference"
+    return load_checkpoint(path, build_reference_vit, remedy, untrained)
 
 
 # --- weights with a card: NAME.safetensors and NAME.json ------------------------------------------
 
 
-def half_state(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state on the CPU, its floating-point tensors rounded to fp16."""
-    return {
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained network as it is saved."""
+
+    state: dict[str, Tensor]  # on the CPU, floating-point tensors in fp16
+    architecture: dict[str, Any]  # arguments that build the network
+    preprocessing: Preprocessing
+    top1: float  # percent of the labelled test images, with these weights
+
+
+def round_to_half(module: nn.Module) -> dict[str, Tensor]:
+    """Round a module's floating-point state to fp16 in place; return it as fp16, on the CPU."""
+    state = {
         name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
         for name, value in module.state_dict().items()
     }
+    module.load_state_dict(state)
+    return state
 
 
 @torch.no_grad()
@@ -316,35 +321,80 @@ def sample_logits(module: nn.Module, image_size: int) -> list[list[float]]:
     return [[round(value, 4) for value in row] for row in logits.tolist()]
 
 
-def write_model(path: Path, state: dict[str, Tensor], card: dict[str, Any]) -> None:
-    """Write the weights, then the card that vouches for them, each renamed when it is whole."""
+def write_checkpoint(
+    path: Path,
+    checkpoint: Checkpoint,
+    network: nn.Module,
+    test_set: ImageSet,
+    about: dict[str, Any],
+) -> None:
+    """Write the weights, then the card that vouches for them, each renamed when it is whole.
+
+    Args:
+        network: built with the checkpoint's architecture, on the CPU; gets its weights.
+        test_set: the images of its accuracy.
+        about: how it came about, for the card.
+    """
+    network.load_state_dict(checkpoint.state)
+    how = checkpoint.preprocessing
+    card = {
+        "architecture": checkpoint.architecture,
+        "image_size": how.input_size,
+        "mean": how.mean,
+        "std": how.std,
+        "classes": test_set.classes,
+        "dataset": test_set.dataset,
+        "split": test_set.split,
+        "n_images": len(test_set),
+        "top1": round(checkpoint.top1, 2),
+        "sample_logits": sample_logits(network.eval(), how.input_size),
+        "date": time.strftime("%Y-%m-%d"),
+        "torch": torch.__version__,
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        **about,
+    }
     temporary = path.with_suffix(".tmp")
-    save_file(state, temporary)
+    save_file(checkpoint.state, temporary)
+    card["sha256"] = sha256_of(temporary)
     temporary.replace(path)
-    card = card | {"sha256": sha256_of(path)}
     temporary.write_text(json.dumps(card, indent=1) + "\n")
     temporary.replace(path.with_suffix(".json"))
 
 
-def read_card(path: Path, remedy: str) -> dict[str, Any]:
-    """The card beside the weights `path`; UserError, with the remedy's command, if unusable."""
-    card = path.with_suffix(".json")
+def load_checkpoint(
+    path: Path, build: Callable[..., nn.Module], remedy: str, untrained: bool = False
+) -> LoadedModel:
+    """Load what `write_checkpoint` wrote.
+
+    Args:
+        path: the weights, `.safetensors`; the card lies beside it.
+        build: makes the network from the card's architecture.
+        remedy: a command that restores the files, for error messages.
+        untrained: keep random weights.
+
+    Raises:
+        UserError: missing, damaged or foreign files.
+    """
+    card_path = path.with_suffix(".json")
     try:
-        content = json.loads(card.read_text())
+        card = json.loads(card_path.read_text())
+        network = build(**card["architecture"])
+        # Cards of the first reference models have the size among the architecture only.
+        size = card.get("image_size") or card["architecture"]["image_size"]
+        how = Preprocessing(size, tuple(card["mean"]), tuple(card["std"]))
+        classes, digest = tuple(card["classes"]), card["sha256"]
+        if not untrained:
+            if not path.is_file() or sha256_of(path) != digest:
+                raise UserError(f"{path} is missing or differs from its card: run {remedy}")
+            network.load_state_dict(load_file(path))
     except OSError as error:
-        raise UserError(f"cannot read {card} ({error.strerror}): run {remedy}") from error
-    except ValueError as error:
-        raise UserError(f"{card} is damaged ({first_line(error)}): run {remedy}") from error
-    if not isinstance(content, dict) or "sha256" not in content:
-        raise UserError(f"{card} is not the card of a model: run {remedy}")
-    return content
-
-
-def read_weights(path: Path, card: dict[str, Any], remedy: str) -> dict[str, Tensor]:
-    """The tensors of a file that its card vouches for; UserError if they do not agree."""
-    if not path.is_file() or sha256_of(path) != card["sha256"]:
-        raise UserError(f"{path} is missing or differs from its card: run {remedy}")
-    return load_file(path)
+        raise UserError(f"cannot read {card_path} ({error.strerror}): run {remedy}") from error
+    except (ValueError, LookupError, TypeError, RuntimeError) as error:
+        reason = first_line(error)
+        raise UserError(f"{card_path} is damaged or foreign ({reason}): run {remedy}") from error
+    network.eval().requires_grad_(False)
+    checkpoints = {} if untrained else {path.name: digest}
+    return LoadedModel(path.stem, network, how, classes, not untrained, checkpoints)
 
 
 def sha256_of(path: Path) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -72,7 +73,7 @@ def environment(**extra: Any) -> dict[str, Any]:
     """CPU or GPU, driver, library versions, commit, command line and time."""
     return {
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": _without_passwords(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "commit": _output_of(
             "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"
         ),
@@ -89,6 +90,10 @@ def environment(**extra: Any) -> dict[str, Any]:
         "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
         **extra,
     }
+
+
+def _without_passwords(text: str) -> str:
+    return re.sub(r"(://[^:@/\s]*):[^@/\s]*@", r"\1:***@", text)
 
 
 def _version(library: str) -> str | None:

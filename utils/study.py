@@ -1,8 +1,9 @@
 """Worker processes and crash-safe bookkeeping of an Optuna study, whatever it tunes.
 
-The parent alone hands out trials, one at a time over each worker's own pipe, and creates each in
-the storage under the name of its worker. So it knows whose trial a dead worker leaves, and no lock
-or queue is shared that a killed process could hold for ever. The storage is the only truth.
+The storage is the only truth. The parent alone hands out trials, one at a time over each worker's
+own pipe, and creates each in the storage under the name of its worker: so it knows whose trial a
+dead worker leaves and queues its parameters again, as the next run does for a dead parent. No lock
+or queue is shared that a killed process could hold for ever; workers end when their parent does.
 
 User attributes of a trial: `worker` (its host, process and parent), `default`, `reason` (a failure
 of its own, which counts as finished), `interrupted` (one that does not), `retry_of`, `kills`.
@@ -10,10 +11,8 @@ of its own, which counts as finished), `interrupted` (one that does not), `retry
 
 import contextlib
 import faulthandler
-import fcntl
 import functools
 import gc
-import json
 import math
 import multiprocessing
 import os
@@ -22,7 +21,6 @@ import socket
 import threading
 import time
 import traceback
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -30,43 +28,26 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import optuna
-import sqlalchemy
 import torch
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.study import StudyDirection
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
 from utils.cli import UserError, check_name, first_line
+from utils.study_storage import DATABASE_ERRORS, create_study, load_study, mendable, redacted
 
 Objective = Callable[[optuna.Trial], float]
 ObjectiveMaker = Callable[[torch.device], Objective]
-_Failure = tuple[type[Exception], str, str]  # type, text, traceback
 
 SAMPLERS = ("tpe", "random")
 PRUNERS = ("hyperband", "asha", "median", "none")
 KILLS = 2  # parameters that have taken their process down so often are not tried again
 HOPELESS = 5  # stop when so many trials have failed and none has succeeded
 GRACE_S = 3  # from SIGTERM to SIGKILL
-DRIVERS = {  # module: package
-    "MySQLdb": "mysqlclient",
-    "psycopg": "'psycopg[binary]'",
-    "psycopg2": "psycopg2-binary",
-}
-
-DATABASE_ERRORS = (SQLAlchemyError, StorageInternalError)
-# And what a missing driver, a folder, an old schema and, from ValueError on, a journal raise.
-OPENING_ERRORS = (
-    *(*DATABASE_ERRORS, ImportError, OSError, RuntimeError),
-    *(ValueError, LookupError, TypeError, AttributeError, AssertionError),
-)
 
 
 def tune(
@@ -95,7 +76,7 @@ def tune(
 
     Args:
         make_objective: called once in each worker with its device; it must pickle.
-        storage: see `open_storage`.
+        storage: see `study_storage.open_storage`.
         trials: total over all workers and all earlier runs.
         device: of type cuda: worker i takes GPU i modulo their number; cpu: they share the threads.
         max_epochs: reports of a trial that runs to its end, in steps 1, 2, …
@@ -113,9 +94,9 @@ def tune(
     """
     deadline = time.monotonic() + (math.inf if timeout is None else timeout)
     check_name(sampler, SAMPLERS, "sampler")
-    check_name(pruner, PRUNERS, "pruner")
-    with _mendable(storage, *DATABASE_ERRORS), _signals_noted() as signals:
-        study = _create_study(storage, study_name, fresh)
+    built_pruner = make_pruner(pruner, max_epochs)
+    with mendable(storage, *DATABASE_ERRORS), _signals_noted() as signals:
+        study = create_study(storage, study_name, fresh)
         _check_setting(study, setting or {})
         _recover(study)
         if default_params and not study.get_trials(deepcopy=False):
@@ -126,8 +107,8 @@ def tune(
             make_objective,
             functools.partial(_claim_device, device, workers),
             functools.partial(load_study, storage, study_name),
-            functools.partial(_make_trial_sampler, sampler, seed),
-            functools.partial(make_pruner, pruner, max_epochs),
+            functools.partial(make_sampler, sampler, seed),
+            built_pruner,
         )
         crew: list[_Worker] = []
         try:
@@ -143,61 +124,30 @@ def tune(
     return study
 
 
-def load_study(storage: str, study_name: str) -> optuna.Study:
-    """Open an existing study and create nothing; UserError if there is none of this name."""
-    file = _file_of(storage)
-    if file and not file.exists():
-        raise UserError(f"there is no study yet: {file} does not exist; run the tuning first")
-    opened = open_storage(storage)
-    with _mendable(storage, *OPENING_ERRORS):
-        names = optuna.get_all_study_names(opened)
-        if study_name in names:
-            return optuna.load_study(study_name=study_name, storage=opened)
-    has = f"only {', '.join(sorted(names))}" if names else "none at all"
-    raise UserError(
-        f"storage {_shown(storage)} has no study {study_name!r}, {has}: correct the name or run "
-        "the tuning first"
-    )
+def make_sampler(name: str, seed: int, number: int) -> optuna.samplers.BaseSampler:
+    """A sampler for one trial: TPE as Optuna sets it up, or random search.
 
-
-def open_storage(text: str) -> BaseStorage:
-    """A database for a URL (`sqlite:///a.db`, `postgresql+psycopg2://…`), else a journal file.
-
-    For the workers of one machine a journal is faster than SQLite, but its lock is none to
-    programs other than this; several machines want a database server. A file's folder is created.
-
-    Raises:
-        UserError: it cannot be reached, written or read, or its driver is missing.
+    It keeps nothing but its random state between trials, so each trial can have its own: no worker
+    and no later run repeats another's points. Seed and number are mixed, not added: study 1 is not
+    to be study 0 moved by one trial.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", category=ExperimentalWarning)
-    file = _file_of(text)
-    with _mendable(text, *OPENING_ERRORS):
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-        if "://" not in text:
-            return _open_journal(Path(text))
-        # SQLite's writers wait for each other; a server may have closed an idle connection.
-        patience = {"connect_args": {"timeout": 60}} if file else {}
-        return RDBStorage(text, engine_kwargs={"pool_pre_ping": True, **patience})
-
-
-def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """The sampler of this name: TPE as Optuna sets it up, or random search."""
-    if check_name(name, SAMPLERS, "sampler") == "random":
-        return optuna.samplers.RandomSampler(seed)
-    return optuna.samplers.TPESampler(seed=seed)
+    mixed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+    if name == "random":
+        return optuna.samplers.RandomSampler(mixed)
+    return optuna.samplers.TPESampler(seed=mixed)
 
 
 def make_pruner(name: str, max_epochs: int) -> optuna.pruners.BasePruner:
     """The pruner of this name for trials that report in steps 1 to `max_epochs`.
 
-    Halving decides after about 1/5 and 3/5 of the epochs and, where it divides, after the last:
-    an objective should not ask there. Under a one-cycle schedule it is blind before.
+    Halving decides after about 1/5 and 3/5 of the epochs: under a one-cycle schedule it is blind
+    before. Where its rungs divide, it also does after the last: an objective should not ask there.
     """
     check_name(name, PRUNERS, "pruner")
-    first_rung = max(1, max_epochs // 5)
-    if name == "hyperband":  # 2 brackets at most: each wants some 10 trials before it is any use
+    # Rounded, so that 9 times the first rung is never reached: hyperband then has 2 brackets at
+    # most, and each wants some 10 trials before it is any use.
+    first_rung = max(1, round(max_epochs / 5))
+    if name == "hyperband":
         return optuna.pruners.HyperbandPruner(first_rung, max_epochs, reduction_factor=3)
     if name == "asha":
         return optuna.pruners.SuccessiveHalvingPruner(first_rung, reduction_factor=3)
@@ -213,109 +163,7 @@ def is_finished(trial: FrozenTrial) -> bool:
     )
 
 
-# Storage
-
-
-class _FileLock(JournalFileOpenLock):
-    """A lock of the kernel's, which ends with the process that holds it, however that ends.
-
-    Optuna's own lock files outlive a killed process; the others then wait for 30 seconds.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: IO[bytes] | None = None
-
-    def acquire(self) -> bool:
-        self._file = self._path.open("rb+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
-            _drop_torn_line(self._file)
-        except BaseException:
-            self.release()
-            raise
-        return True
-
-    def release(self) -> None:
-        if self._file:
-            self._file.close()
-
-
-def _drop_torn_line(file: IO[bytes]) -> None:
-    """Cut off a half-written record: the next would join it and make the journal unreadable."""
-    size = file.seek(0, os.SEEK_END)
-    file.seek(max(0, size - 1))
-    if file.read(1) not in (b"\n", b""):
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _open_journal(path: Path) -> JournalStorage:
-    content, start = path.read_bytes() if path.exists() else b"", b'{"op_code":'
-    if not start.startswith(content[: len(start)]):  # or records would go into somebody's notes
-        raise ValueError("it is not a journal of Optuna's")
-    if whole := content[: content.rfind(b"\n") + 1].splitlines():
-        json.loads(whole[-1])  # Optuna finds an error in the last line only after the next one
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=_FileLock(path)))
-
-
-def _file_of(storage: str) -> Path | None:
-    """The file of a journal or of SQLite; None for a server."""
-    if "://" not in storage:
-        return Path(storage)
-    with _mendable(storage, SQLAlchemyError, ValueError):
-        url = sqlalchemy.make_url(storage)
-    if url.get_backend_name() != "sqlite":
-        return None
-    if not url.database or url.database == ":memory:":
-        raise UserError(f"storage {storage}: workers cannot share SQLite's memory, name a file")
-    return Path(url.database)
-
-
-def _shown(storage: str) -> str:
-    """The storage's text without a password."""
-    if "://" not in storage:
-        return storage
-    try:
-        return sqlalchemy.make_url(storage).render_as_string(hide_password=True)
-    except (SQLAlchemyError, ValueError):
-        return storage.partition("://")[0] + "://…"
-
-
-@contextlib.contextmanager
-def _mendable(storage: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn a storage's errors of these kinds into a UserError."""
-    try:
-        yield
-    except kinds as error:
-        cause: Any = error.__cause__ if isinstance(error, StorageInternalError) else error
-        text = first_line(getattr(cause, "orig", None) or cause)
-        if isinstance(error, ImportError):
-            driver = getattr(error.__cause__, "name", None) or "?"
-            text = f"its driver is missing, pip install {DRIVERS.get(driver, driver)}"
-        elif "://" not in storage:
-            text += "; restore it or name another"
-        raise UserError(f"storage {_shown(storage)} cannot be used: {text}") from error
-
-
-def _create_study(storage: str, study_name: str, fresh: bool) -> optuna.Study:
-    opened = open_storage(storage)
-    with _mendable(storage, *OPENING_ERRORS):
-        exists = study_name in optuna.get_all_study_names(opened)
-        if exists and fresh:
-            optuna.delete_study(study_name=study_name, storage=opened)
-        if exists and not fresh:
-            study = optuna.load_study(storage=opened, study_name=study_name)
-        else:
-            study = optuna.create_study(
-                storage=opened, study_name=study_name, direction="maximize", load_if_exists=True
-            )
-    if study.directions != [StudyDirection.MAXIMIZE]:
-        raise UserError(
-            f"study {study_name!r} in {_shown(storage)} does not maximise one value: take another "
-            "name or start it afresh"
-        )
-    return study
+# Bookkeeping
 
 
 def _check_setting(study: optuna.Study, setting: dict[str, Any]) -> None:
@@ -330,14 +178,24 @@ def _check_setting(study: optuna.Study, setting: dict[str, Any]) -> None:
             )
 
 
-# Bookkeeping
+def _recover(study: optuna.Study) -> None:
+    """Queue again what earlier runs on this machine left running when they were killed."""
+    for trial in _running(study):
+        worker = trial.user_attrs.get("worker", {})
+        if worker.get("host") != socket.gethostname() or _lives(worker["parent"]):
+            continue
+        patience = time.monotonic() + 10  # an orphan ends itself; freeing a GPU takes a while
+        while _lives(worker["process"]) and time.monotonic() < patience:
+            time.sleep(0.1)
+        if not _lives(worker["process"]):
+            print(f"trial {trial.number} was left running by a process that is gone")
+            _give_up(study, trial, "its process is gone", killed=True)
 
 
 def _left(study: optuna.Study, total: int) -> int:
     """How many trials may still be handed out. Those that run, here or elsewhere, have theirs."""
     trials = study.get_trials(deepcopy=False)
-    taken = sum(is_finished(trial) or trial.state == TrialState.RUNNING for trial in trials)
-    return max(0, total - taken)
+    return total - sum(is_finished(t) or t.state == TrialState.RUNNING for t in trials)
 
 
 def _running(study: optuna.Study) -> list[FrozenTrial]:
@@ -349,7 +207,7 @@ def _take_trial(study: optuna.Study, pid: int | None) -> int:
     storage, us = study._storage, _identity(os.getpid())
     worker = {"host": socket.gethostname(), "process": _identity(pid), "parent": us}
     for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        with contextlib.suppress(UpdateFinishedTrialError):
+        with contextlib.suppress(UpdateFinishedTrialError):  # another machine was quicker
             # Named first: killed between the two, we leave no running trial without an owner.
             storage.set_trial_user_attr(trial._trial_id, "worker", worker)
             if storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
@@ -362,21 +220,16 @@ def _give_up(study: optuna.Study, trial: FrozenTrial, cause: str, killed: bool) 
     """Fail a running trial whose process is gone and, before `KILLS`, queue its parameters."""
     kills = trial.user_attrs.get("kills", 0) + killed
     key, text = ("interrupted", cause) if kills < KILLS else ("reason", f"{cause}, {kills} times")
-    if kills < KILLS:
-        _queue_again(study, trial, kills)  # first: a crash here must not lose the parameters
-    with contextlib.suppress(UpdateFinishedTrialError):
+    others = study.get_trials(deepcopy=False)
+    queued = any(other.user_attrs.get("retry_of") == trial.number for other in others)
+    if kills < KILLS and not queued:  # before it fails: a crash must not lose the parameters
+        # A queued trial that died early has not yet taken up all that was asked of it.
+        params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        kept = {"default": True} if "default" in trial.user_attrs else {}
+        study.enqueue_trial(params, {**kept, "retry_of": trial.number, "kills": kills})
+    with contextlib.suppress(UpdateFinishedTrialError):  # so has another run that recovers
         study._storage.set_trial_user_attr(trial._trial_id, key, text)
         study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
-
-
-def _queue_again(study: optuna.Study, trial: FrozenTrial, kills: int) -> None:
-    others = study.get_trials(deepcopy=False)
-    if any(other.user_attrs.get("retry_of") == trial.number for other in others):
-        return
-    # A queued trial that died early has not yet taken up all that was asked of it.
-    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-    kept = {key: value for key, value in trial.user_attrs.items() if key == "default"}
-    study.enqueue_trial(params, {**kept, "retry_of": trial.number, "kills": kills})
 
 
 def _identity(pid: int | None) -> list[int | None]:
@@ -398,26 +251,12 @@ def _is_ours(trial: FrozenTrial) -> bool:
     return worker.get("host") == socket.gethostname() and worker["parent"] == _identity(os.getpid())
 
 
-def _recover(study: optuna.Study) -> None:
-    """Queue again what earlier runs on this machine left running when they were killed."""
-    for trial in _running(study):
-        worker = trial.user_attrs.get("worker", {})
-        if worker.get("host") != socket.gethostname() or _lives(worker["parent"]):
-            continue
-        patience = time.monotonic() + 10  # an orphan ends itself; freeing a GPU takes a while
-        while _lives(worker["process"]) and time.monotonic() < patience:
-            time.sleep(0.1)
-        if not _lives(worker["process"]):
-            print(f"trial {trial.number} was left running by a process that is gone")
-            _give_up(study, trial, "its process is gone", killed=True)
-
-
 def _note_others(study: optuna.Study, storage: str) -> None:
     for trial in _running(study):
         host = trial.user_attrs.get("worker", {}).get("host", "an unknown host")
         print(
             f"note: trial {trial.number} still runs on {host}; if that is gone: optuna tell "
-            f"--storage {_shown(storage)} --study-name {study.study_name} "
+            f"--storage {redacted(storage)} --study-name {study.study_name} "
             f"--trial-number {trial.number} --state fail"
         )
 
@@ -442,10 +281,8 @@ def _start(work: Callable[[int, Connection], None], index: int) -> _Worker:
     process = context.Process(target=work, args=(index, theirs))
     # Ctrl-C reaches the whole process group; a worker must not die of it while it still imports.
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        process.start()
-    finally:
-        signal.signal(signal.SIGINT, handler)
+    process.start()
+    signal.signal(signal.SIGINT, handler)
     theirs.close()
     return _Worker(index, process, ours)
 
@@ -463,11 +300,8 @@ def _lead(
     def may_start() -> bool:
         return time.monotonic() < deadline and _left(study, total) > 0
 
-    workers, deaths = len(crew), 0
-    initial = sum(map(is_finished, study.get_trials(deepcopy=False)))
-    # smoothing=0: the time left from the mean rate, as several workers finish in bursts.
-    with tqdm(total=total, initial=initial, unit="trial", smoothing=0, disable=None) as bar:
-        report = _reporter(study, bar)
+    workers, deaths = len(crew), 0  # deaths in a row, without a finished trial between them
+    with _progress(study, total) as report:
         while present := [worker for worker in crew if not worker.dismissed]:
             if all(worker.trial is None for worker in present) and not may_start():
                 return  # nobody waits for those that still load their data
@@ -492,15 +326,12 @@ def _lead(
 def _is_ready(worker: _Worker) -> bool:
     """Whether it wants a trial, not if it is dead; an error that it reports is raised here."""
     try:
-        failure = worker.pipe.recv()
+        error: Exception | None = worker.pipe.recv()
     except (EOFError, OSError):
         return False
-    if failure is None:
-        return True
-    kind, text, trace = failure
-    error: Exception = kind(text)
-    error.add_note(f"In worker {worker.index}:\n{trace}")
-    raise error
+    if error:
+        raise error
+    return True
 
 
 def _dispatch(worker: _Worker, study: optuna.Study, may_start: bool) -> None:
@@ -540,25 +371,31 @@ def _stop(crew: list[_Worker]) -> None:
         worker.process.join()
 
 
-def _reporter(study: optuna.Study, bar: tqdm) -> Callable[[], None]:
+@contextlib.contextmanager
+def _progress(study: optuna.Study, total: int) -> Iterator[Callable[[], None]]:
     """A function that shows how far the study is: in a live line, or one now and then in a log."""
+    initial = sum(map(is_finished, study.get_trials(deepcopy=False)))
     begin = shown_s = time.monotonic()
-    initial = shown = bar.n
+    # smoothing=0: the time left from the mean rate, as several workers finish in bursts.
+    bar = tqdm(total=total, initial=initial, unit="trial", smoothing=0, disable=None)
 
     def report() -> None:
-        nonlocal shown, shown_s
+        nonlocal shown_s
         trials = [trial for trial in study.get_trials(deepcopy=False) if is_finished(trial)]
+        done, now = len(trials), time.monotonic()
+        if done == bar.n:
+            return
         text = _summary(trials)
         bar.set_postfix_str(text, refresh=False)
-        bar.update(len(trials) - bar.n)
-        done, now = len(trials), time.monotonic()
-        due = done - shown >= 10 or now - shown_s > 30 or done == bar.total
-        if bar.disable and done > shown and due:
-            rest_s = (now - begin) / (done - initial) * (bar.total - done)
-            print(f"{done}/{bar.total} trials, {text}, about {rest_s:.0f} s left", flush=True)
-            shown, shown_s = done, now
+        bar.update(done - bar.n)
+        if bar.disable and (now - shown_s > 30 or done >= total):
+            rest_s = (now - begin) / (done - initial) * max(0, total - done)
+            print(f"{done}/{total} trials, {text}, about {rest_s:.0f} s left", flush=True)
+            shown_s = now
+        bar.n = done  # a bar that is not shown does not count
 
-    return report
+    with bar:
+        yield report
 
 
 def _summary(trials: list[FrozenTrial]) -> str:
@@ -598,13 +435,13 @@ def _work(
     claim_device: Callable[[int], torch.device],
     open_study: Callable[[], optuna.Study],
     build_sampler: Callable[[int], optuna.samplers.BaseSampler],
-    build_pruner: Callable[[], optuna.pruners.BasePruner],
+    pruner: optuna.pruners.BasePruner,
     index: int,
     pipe: Connection,
 ) -> None:
     """In a worker: evaluate the trials whose numbers come through the pipe; None ends it.
 
-    It answers None when it wants a trial, and otherwise what ends the study.
+    It answers None when it wants a trial, and otherwise the error that ends the study.
     """
     faulthandler.enable()  # a crash in a library shows where it happened
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
@@ -615,9 +452,9 @@ def _work(
         objective = make_objective(device)
         study = open_study()
     except Exception as error:
-        pipe.send(_failure(error, "the objective could not be set up"))
+        pipe.send(_portable(error, "the objective could not be set up"))
         return
-    study.pruner = build_pruner()
+    study.pruner = pruner
     gc.freeze()  # what is there stays: to look through it would take 0.1 s after every trial
     failure = None
     while failure is None:
@@ -635,9 +472,9 @@ def _work(
 def _end_with_parent() -> None:
     """End this process, in the middle of a trial too, when its parent is killed."""
     parent = multiprocessing.parent_process()
-    if parent:
-        parent.join()
-        os._exit(1)
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _claim_device(device: torch.device, workers: int, index: int) -> torch.device:
@@ -650,16 +487,7 @@ def _claim_device(device: torch.device, workers: int, index: int) -> torch.devic
     return device
 
 
-def _make_trial_sampler(name: str, seed: int, number: int) -> optuna.samplers.BaseSampler:
-    """A sampler for one trial alone, so that no worker and no later run repeats another's points.
-
-    A sampler keeps nothing but its random state between trials. Seed and number are mixed, not
-    added: study 1 is not to be study 0 moved by one trial.
-    """
-    return make_sampler(name, int(np.random.SeedSequence((seed, number)).generate_state(1)[0]))
-
-
-def _evaluate(study: optuna.Study, objective: Objective, number: int) -> _Failure | None:
+def _evaluate(study: optuna.Study, objective: Objective, number: int) -> Exception | None:
     """Run a trial and record how it ended; a failure is returned when it must end the study."""
     # Not study.ask(), which would choose the trial. To list the trials also fills the cache of a
     # database's storage, on which a trial made by hand relies.
@@ -676,7 +504,7 @@ def _evaluate(study: optuna.Study, objective: Objective, number: int) -> _Failur
         raise  # no fault of these parameters; the parent queues them again
     except Exception as error:
         if "default" in trial.user_attrs:
-            return _failure(error, "the default trial failed")
+            return _portable(error, "the default trial failed")
         reason = f"{type(error).__name__}: {first_line(error)}"
     if value is not None and not math.isfinite(value):
         value, state, reason = None, TrialState.FAIL, f"the objective returned {value}"
@@ -687,9 +515,10 @@ def _evaluate(study: optuna.Study, objective: Objective, number: int) -> _Failur
     return None
 
 
-def _failure(error: Exception, what: str) -> _Failure:
-    """An error in a form that always survives the pipe."""
+def _portable(error: Exception, what: str) -> Exception:
+    """An error in a form that always survives the pipe, with its traceback as a note."""
+    portable: Exception = RuntimeError(f"{what}: {type(error).__name__}: {first_line(error)}")
     if isinstance(error, UserError):
-        return UserError, str(error), traceback.format_exc()
-    text = f"{what}: {type(error).__name__}: {first_line(error)}"
-    return RuntimeError, text, traceback.format_exc()
+        portable = UserError(str(error))
+    portable.add_note(f"In a worker:\n{traceback.format_exc()}")
+    return portable

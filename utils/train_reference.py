@@ -42,7 +42,7 @@ from utils.data import (
     to_device,
 )
 from utils.evaluation import percent, predict
-from utils.training import capture, memory_format, warmup_cosine
+from utils.training import capture, memory_format, prepare_backend, warmup_cosine
 
 QUICK_IMAGES = 300
 MEAN, STD = models.IMAGENET_MEAN, models.IMAGENET_STD
@@ -383,7 +383,9 @@ def make_step(
         run.optimizer.zero_grad()
         return value.detach()
 
-    return capture(step, phase.batch_size) if on_gpu else step
+    if not on_gpu:
+        return step
+    return capture(step, torch.randperm(len(data), device=setting.device)[: phase.batch_size])
 
 
 def train_epoch(
@@ -465,28 +467,15 @@ def describe_run(name: str, run: Run) -> dict[str, Any]:
     }
 
 
-def evaluate_rounded(
+def round_and_score(
     vit: nn.Module, recipe: Recipe, test_set: ImageSet, device: torch.device
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Round the weights to fp16, evaluate them in fp32 as `load_model` will, describe both."""
-    state = models.half_state(vit)
+) -> models.Checkpoint:
+    """Round the weights to fp16 and look at the test images, once, in fp32."""
+    state = models.round_to_half(vit)
+    size = recipe.architecture["image_size"]
+    top1 = top1_percent(vit.eval(), to_device(test_set, device), size)
     shape = recipe.architecture | {"num_classes": len(test_set.classes)}
-    rounded = models.build_reference_vit(**shape).eval()
-    rounded.load_state_dict({name: value.float() for name, value in state.items()})
-    sample = models.sample_logits(rounded, shape["image_size"])
-    top1 = top1_percent(rounded.to(device), to_device(test_set, device), shape["image_size"])
-    return state, {
-        "architecture": shape,
-        "mean": MEAN,
-        "std": STD,
-        "classes": test_set.classes,
-        "dataset": recipe.dataset,
-        "split": test_set.split,
-        "n_images": len(test_set),
-        "top1": round(top1, 2),
-        "sample_logits": sample,
-        "recipe": dataclasses.asdict(recipe),
-    }
+    return models.Checkpoint(state, shape, Preprocessing(size, MEAN, STD), top1)
 
 
 def minutes(text: str) -> float:
@@ -523,8 +512,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     default_dir = checkpoints if args.quick else models.WEIGHTS_DIR
     path = cli.make_output_dir(args.output_dir or default_dir) / f"{args.model}.safetensors"
     cli.seed_everything(args.seed)
-    torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = False  # the reported accuracy is that of fp32 arithmetic
+    prepare_backend()
 
     train_set = load_images(recipe.dataset, "train", args.data_dir, num_images=args.num_images)
     test_set = load_images(recipe.dataset, ACCURACY_SPLIT[recipe.dataset], args.data_dir)
@@ -535,9 +523,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     train, held_out = hold_out(to_device(train_set, device), recipe.held_out)
     setting = Setting(recipe, train, held_out, args.seed, checkpoints)
-    facts: dict[str, Any] = {"date": time.strftime("%Y-%m-%d"), "torch": torch.__version__}
-    facts["hardware"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    facts |= {"seed": args.seed, "training_images": len(train), "held_out_images": len(held_out)}
+    facts: dict[str, Any] = {"seed": args.seed}
+    facts |= {"training_images": len(train), "held_out_images": len(held_out)}
     teacher, seconds = None, 60 * args.max_minutes
     if recipe.teacher is not None:
         teacher, run = train_teacher(setting, recipe.teacher, recipe.teacher_share * seconds)
@@ -546,11 +533,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     vit, run = train_student(setting, teacher, seconds)
     facts |= describe_run("student", run)
 
-    state, card = evaluate_rounded(vit, recipe, test_set, device)
-    models.write_model(path, state, card | facts)
+    checkpoint = round_and_score(vit, recipe, test_set, device)
+    network = models.build_reference_vit(**checkpoint.architecture)
+    facts |= {"recipe": dataclasses.asdict(recipe)}
+    models.write_checkpoint(path, checkpoint, network, test_set, facts)
     for file in checkpoints.glob("*.pt"):
         file.unlink()
-    print(f"top-1 {card['top1']:.2f} % of {len(test_set)} {test_set.split} images; wrote {path}")
+    print(f"top-1 {checkpoint.top1:.2f} % of {len(test_set)} {test_set.split} images; wrote {path}")
     return 0
 
 

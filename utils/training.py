@@ -1,6 +1,7 @@
 """What training loops share: a learning-rate schedule, the Muon optimiser, steps as CUDA graphs."""
 
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -19,31 +20,45 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
+def prepare_backend(threads: int | None = None) -> None:
+    """Let cuDNN try its kernels; keep fp32 true, as accuracies are reported in it."""
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = False
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
 def warmup_cosine(step: int, steps: int, warmup_steps: float, peak: float) -> float:
     """Learning rate of a step, counted from 0: linear up to `peak`, then cosine down to zero."""
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
+        return peak * min(1.0, (step + 1) / warmup_steps)
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def capture(step: Callable[[Tensor], Tensor], batch_size: int) -> Callable[[Tensor], Tensor]:
+def capture(step: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
     """Record a step as a CUDA graph: it replays at one launch instead of several hundred.
 
-    `step` takes the indices of a batch, int64 `[batch_size]`, and returns a tensor. It runs three
-    times before the recording, so the learning rate should still be zero.
+    `step` takes the indices of a batch and returns a tensor. It runs three times on the `example`
+    batch before the recording, so the learning rate should still be zero. Batches must have its
+    length.
     """
-    batch = torch.arange(batch_size, device="cuda")
-    side = torch.cuda.Stream()
+    gc.collect()  # an old graph that ends later would free workspaces of this stream
+    batch, side = example.clone(), _capture_stream(example.device)
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):  # compile, choose kernels, allocate
             step(batch)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         value = step(batch)
     return functools.partial(_replay, graph, batch, value, step)
+
+
+@functools.cache  # cuBLAS keeps a workspace for every stream it has met
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 def _replay(

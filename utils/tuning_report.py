@@ -1,13 +1,16 @@
 """Tables and figures of a study and of the trainings after it.
 
 A trial's user attributes `hparams` (the configuration as trained), `parameters` and `history`
-(a dict per epoch: number, loss, seconds, setup_seconds) come from the objective; its value and
+(a dict per epoch: epoch, loss, seconds, setup_seconds) come from the objective; its value and
 intermediate values are the top-1 of held-out images in percent.
 """
 
 import contextlib
+import hashlib
+import json
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
 from utils import results
+from utils.cli import UserError, first_line
 
 Row = dict[str, Any]
 
@@ -24,6 +28,17 @@ TRIAL_COLUMNS = (
     *("parameters", "train_seconds", "setup_seconds", "total_seconds", "started"),
 )
 HISTORY_COLUMNS = ("trial", "state", "epoch", "held_out_top1_percent", "loss", "seconds")
+FINAL_COLUMNS = (
+    *("configuration", "seed", "epochs", "compiled", "status", "reason", "parameters"),
+    *("train_images", "train_seconds", "setup_seconds", "final_loss", "num_images"),
+    *("top1_percent", "top5_percent", "hparams"),
+)
+FINAL_HISTORY_COLUMNS = ("configuration", "seed", "epoch", "loss", "seconds", "setup_seconds")
+RESULTS = (
+    *("trials.csv", "history.csv", "importances.csv", "best_params.json", "environment.json"),
+    *("final.csv", "final_history.csv", "final_environment.json"),
+    *("best.safetensors", "best.json"),
+)
 IMPORTANCE_COLUMNS = ("hyperparameter", "importance", "complete_trials")
 SHOWN = {
     "configuration": "s",
@@ -43,20 +58,21 @@ FIGURES = (
     "top_parameters.png",
     "final.png",
 )
-MIN_COMPLETE = 10  # trials below which importances mean nothing
+MIN_COMPLETE = 25  # trials; with fewer, importances are noise
 
 
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV that `results.write_csv` wrote; none if there is no such file."""
-    if not path.is_file():
-        return []
-    return [
-        {str(key): value for key, value in row.items()}
-        for row in pd.read_csv(path).to_dict("records")
-    ]
+def digest(texts: Iterable[str]) -> str:
+    """A short fingerprint of texts, in their order."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def delete_results(folder: Path) -> None:
+    """Delete what earlier runs wrote into the folder, except the storage of their trials."""
+    for name in (*RESULTS, *FIGURES):
+        (folder / name).unlink(missing_ok=True)
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:
@@ -92,7 +108,7 @@ def _rounded(value: float | None) -> float | None:
 
 
 def history_rows(trial: FrozenTrial) -> list[Row]:
-    losses = {epoch["number"]: epoch for epoch in trial.user_attrs.get("history", ())}
+    losses = {epoch["epoch"]: epoch for epoch in trial.user_attrs.get("history", ())}
     return [
         {
             "trial": trial.number,
@@ -123,33 +139,87 @@ def importance_rows(study: optuna.Study) -> list[Row]:
 
 
 def write_study(study: optuna.Study, names: Sequence[str], folder: Path) -> None:
-    """Write trials.csv, history.csv, importances.csv and their figures into the folder.
+    """Write the best configuration, the tables and the figures of a study into the folder.
 
     `names` are the hyperparameters, a column each.
+
+    Raises:
+        UserError: no trial is complete.
     """
-    trials = study.get_trials(deepcopy=False)
+    trials = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
     rows = [trial_row(study.study_name, trial, names) for trial in trials]
     history = [row for trial in trials for row in history_rows(trial)]
-    importances = importance_rows(study)
     results.write_csv(folder / "trials.csv", rows, (*TRIAL_COLUMNS, *names))
     results.write_csv(folder / "history.csv", history, HISTORY_COLUMNS)
+    best = best_trial(study)
+    if best is None:
+        raise UserError(
+            f"no trial is complete: see {folder / 'trials.csv'} for reasons; raise --trials or "
+            "--timeout, or choose --pruner none"
+        )
+    content = {
+        "study": study.study_name,
+        "dataset": study.user_attrs.get("setting", {}).get("dataset"),
+        "trial": best.number,
+        "held_out_top1_percent": best.value,
+        "hparams": best.user_attrs["hparams"],
+    }
+    results.write_json(folder / "best_params.json", content)
+    importances = importance_rows(study)
     results.write_csv(folder / "importances.csv", importances, IMPORTANCE_COLUMNS)
     draw_study(rows, history, importances, folder)
+
+
+def read_best(path: Path, dataset: str, example: Any) -> dict[str, Any]:
+    """The best configuration of a study, from best_params.json.
+
+    Args:
+        dataset: the one that it must have been found on.
+        example: a dataclass instance with the same fields.
+
+    Raises:
+        UserError: missing or damaged file, or another data set.
+    """
+    try:
+        content = json.loads(path.read_text())
+        hparams, found = content["hparams"], content["dataset"]
+        wanted = {key: type(value) for key, value in asdict(example).items()}
+        if {key: type(value) for key, value in hparams.items()} != wanted:
+            raise ValueError("not the hyperparameters of this version")
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): run --stage tune first, or train only "
+            "--configurations default"
+        ) from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({first_line(error)}): run --stage tune") from error
+    if found != dataset:
+        raise UserError(f"{path} was found on {found}: run --stage tune on {dataset} first")
+    return dict(hparams)
+
+
+def write_final(rows: Sequence[Row], history: Sequence[Row], folder: Path) -> None:
+    """Write final.csv, final_history.csv and the figure of the test accuracies."""
+    results.write_csv(folder / "final.csv", rows, FINAL_COLUMNS)
+    results.write_csv(folder / "final_history.csv", history, FINAL_HISTORY_COLUMNS)
+    if done := [row for row in rows if row["status"] == "ok"]:
+        draw_final(done, folder)
 
 
 def summarize(rows: Iterable[Row]) -> list[Row]:
     """One row per configuration: mean, standard deviation and 95 % t-interval of its top-1.
 
-    The interval speaks of other seeds, not of other test images.
+    The interval speaks of other seeds, not of other test images; it wants three seeds or more.
     """
     from scipy import stats
 
     summary = []
-    for name, group in pd.DataFrame(rows).groupby("configuration", sort=False):
+    done = [row for row in rows if row["status"] == "ok"]
+    for name, group in pd.DataFrame(done).groupby("configuration", sort=False) if done else ():
         top1 = group["top1_percent"].tolist()
         mean, n = statistics.fmean(top1), len(top1)
         sd = statistics.stdev(top1) if n > 1 else None
-        half = None if sd is None else float(stats.t.ppf(0.975, n - 1)) * sd / n**0.5
+        half = float(stats.t.ppf(0.975, n - 1)) * sd / n**0.5 if sd is not None and n > 2 else None
         summary.append(
             {
                 "configuration": name,
@@ -168,7 +238,7 @@ def summarize(rows: Iterable[Row]) -> list[Row]:
 
 # --- figures --------------------------------------------------------------------------------------
 
-COLOURS = {"complete": "tab:blue", "pruned": "tab:orange", "fail": "tab:red"}
+COLOURS = {"complete": "tab:blue", "pruned": "tab:orange"}
 
 
 def draw_study(
