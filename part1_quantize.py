@@ -12,6 +12,7 @@ the data set's test images, accuracy on its labelled held-out images, all candid
 
 import argparse
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -24,13 +25,12 @@ import torch
 from torch import Tensor, nn
 
 from utils import cli, data, evaluation, results, timing
-from utils.benchmark import Build, Job, Variant, add_memory, measure_block
+from utils.benchmark import Build, Job, Variant, add_memory, load_image_sets, measure_block
 from utils.cost import state_bytes
 from utils.isolation import UnavailableError
 from utils.models import load_model, scored_logits
 from utils.onnx_tools import export_onnx, onnx_int8_shapes, onnx_session
 
-INPUT_BATCHES = 4  # timed inputs take turns, so that no call finds its images in the cache
 COLUMNS = (
     *("model", "dataset", "candidate", "device", "threads", "batch_size", "status", "reason"),
     *timing.LATENCY_COLUMNS,
@@ -359,27 +359,6 @@ def choose_candidates(wanted: Sequence[str] | None, device: str) -> list[str]:
     return list(dict.fromkeys([BASELINE, *(wanted or here)]))
 
 
-def load_image_sets(
-    dataset: str,
-    data_dir: Path | None,
-    input_size: int,
-    num_images: int | None,
-    largest_batch: int,
-    seed: int,
-) -> tuple[data.ImageSet, data.ImageSet]:
-    """The images for accuracy and the INPUT_BATCHES batches for speed (fewer if few images)."""
-    accuracy = data.load_images(
-        dataset, data.ACCURACY_SPLIT[dataset], data_dir, input_size, num_images, seed
-    )
-    speed = data.load_images(dataset, data.SPEED_SPLIT[dataset], data_dir, input_size)
-    if largest_batch > len(speed):
-        raise cli.UserError(
-            f"--batch-sizes {largest_batch}: {dataset} {speed.split} has {len(speed)} images"
-        )
-    batches = min(INPUT_BATCHES, len(speed) // largest_batch)
-    return accuracy, data.take_subset(speed, batches * largest_batch, seed)
-
-
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run every candidate at every batch size and thread count; write the CSV after each."""
@@ -391,10 +370,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = choose_candidates(args.candidates, device)
     cli.check_name(args.dataset, data.DATASETS, "data set")
     model = load_model(args.model, args.untrained)
-    size = model.preprocessing.input_size
+    load = functools.partial(
+        data.load_images,
+        args.dataset,
+        data_dir=args.data_dir,
+        image_size=model.preprocessing.input_size,
+    )
     batch_sizes = sorted(args.batch_sizes, reverse=True)  # accuracy is measured at the largest
     labelled, speed = load_image_sets(
-        args.dataset, args.data_dir, size, args.num_images, batch_sizes[0], args.seed
+        load, args.dataset, args.num_images, batch_sizes[0], args.seed
     )
     columns = scored_logits(model, labelled)
     output_dir = cli.make_output_dir(args.output_dir)

@@ -389,7 +389,8 @@ def make_objective(
     setting: Setting, epochs: int, device: torch.device
 ) -> Callable[[optuna.Trial], float]:
     """Load the images onto a worker's device; what is returned runs one trial."""
-    prepare_backend(setting.threads)
+    # Each width has new shapes: trying kernels would take as long as a good part of the trial.
+    prepare_backend(setting.threads, benchmark=False)
     train_set, held_out = data.hold_out(setting.load("train"), HELD_OUT)
     task, held_out = make_task(train_set, setting.flip, device), data.to_device(held_out, device)
     return functools.partial(run_trial, setting, epochs, task, held_out)
@@ -529,7 +530,8 @@ def run_final(
                     save_network(output_dir / "best.safetensors", checkpoint, setting, row)
             rows.append(row)
             tuning_report.write_final(rows, history, output_dir)
-            tqdm.write(f"{name}, seed {seed}: {row.get('top1_percent', row.get('reason'))}")
+            shown = f"top-1 {row['top1_percent']:.2f} %" if outcome else row["reason"]
+            tqdm.write(f"{name}, seed {seed}: {shown}")
     return rows
 
 
@@ -570,7 +572,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--study-name", default=STUDY_NAME, help="others than this write to a folder of that name")
     add("--fresh", action="store_true", help="delete this study and its results, and start anew")
     add("--max-params", type=number, default=5_000_000, help="parameters at most")
-    add("--final-epochs", type=number, default=72, help="epochs of the final trainings")
+    add("--final-epochs", type=number, default=80, help="epochs of the final trainings")
     add("--repeats", type=number, default=5, help="final trainings of each configuration")
     add(
         "--configurations",

@@ -20,8 +20,7 @@ import json
 import math
 import shutil
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,53 +38,36 @@ from utils.benchmark import (
     Job,
     Predict,
     Variant,
-    capture,
+    add_reason,
+    load_image_sets,
     measure_block,
-    prepare_process,
 )
 from utils.cost import state_bytes
 from utils.isolation import UnavailableError, Worker, recorded
 from utils.models import WEIGHTS_DIR, LoadedModel, load_model, scored_logits
-from utils.onnx_quantization import NothingToQuantizeError, quantize_graph
-from utils.onnx_tools import (
-    HalfPrecision,
-    check_onnx,
-    onnx_cuda_session,
-    onnx_session,
-    write_onnx,
+from utils.onnx_graphs import (
+    GRAPH_FILE_COLUMNS,
+    GRAPHS,
+    PARITY_COLUMNS,
+    compare_logits,
+    export_graphs,
+    graph_path,
+    load_calibration,
+    require_parity,
 )
+from utils.onnx_tools import onnx_cuda_session, onnx_session
+from utils.training import capture, memory_format
 
 PART2_MODEL = Path("results/part2/best.safetensors")
 REPLAYED = {"cuda_graph": True}
-INPUT_BATCHES = 4  # timed inputs take turns, so that no call finds its images in the cache
 PARITY_IMAGES = 64  # labelled images on which a candidate must agree with PyTorch before timing
 EXPORT_IMAGES = 12  # labelled images on which an exported graph must agree
-CHECKED_BATCHES = (1, 3)  # at which a graph is checked; it is exported with a batch of 2
-CALIBRATION_IMAGES, CALIBRATION_BATCH = 256, 16  # training images that set the 8-bit ranges
-
-# The least mean cosine of the (centred) logits with those of PyTorch in float32 on the CPU. Below
-# it an 8-bit engine is broken; above it the accuracy column speaks.
-GATES = {"fp32": 0.9999, "tf32": 0.9995, "fp16": 0.999, "int8": 0.90, "fp8": 0.90}
 NEEDS_CAPABILITY = {"tf32": (8, 0), "fp8": (8, 9)}
 
-GRAPHS = {  # exported graph: (precision, what is quantised in it); the rest of it is fp16
-    "fp32": ("fp32", ()),
-    "fp16": ("fp16", ()),
-    "int8": ("int8", ("linear",)),
-    "int8-attention": ("int8", ("linear", "attention")),
-    "int8-residual": ("int8", ("linear", "residual")),
-    "fp8": ("fp8", ("linear",)),
-    "fp8-attention": ("fp8", ("linear", "attention")),
-}
-PARITY_COLUMNS = ("parity_cosine", "parity_max_difference", "parity_images")
-GRAPH_FILE_COLUMNS = (
-    *("model", "graph", "precision", "file", "status", "reason", "onnx_opset", "nodes", "size_mb"),
-    *("export_seconds", *PARITY_COLUMNS, "checked_batch_sizes"),
-    *("quantized_weights", "quantized_activations", "calibration_images"),
-)
 COLUMNS = (
     *("model", "dataset", "candidate", "precision", "device", "threads", "batch_size"),
-    *("status", "reason", *timing.LATENCY_COLUMNS, *GRAPH_COLUMNS, *TRANSFER_COLUMNS),
+    *("status", "reason", *timing.LATENCY_COLUMNS, "graph_baseline", *GRAPH_COLUMNS),
+    *TRANSFER_COLUMNS,
     *PARITY_COLUMNS,
     *evaluation.ACCURACY_COLUMNS,
     *("accuracy_batch_size", "size_mb", "build_seconds"),
@@ -116,11 +98,10 @@ QUICK = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineJob(Job):
-    """A benchmark's job with what Part 3's candidates need."""
+    """A benchmark's job with what Part 3's candidates need; graphs and engines are in `folder`."""
 
     precision: str = "fp32"
     onnx: Path | None = None  # the exported graph; None for PyTorch
-    engine_dir: Path
     batch_sizes: tuple[int, ...]  # of the run: an engine serves them all
     cuda_graph: bool = True
 
@@ -130,21 +111,20 @@ class EngineJob(Job):
 
 def build_eager(module: nn.Module, example: Tensor, job: Any) -> Variant:
     """PyTorch, eager."""
-    return Variant(in_precision(module, job.precision), state_bytes(module), [])
+    return Variant(prepare(module, example, job.precision), state_bytes(module), [])
 
 
 def build_graph(module: nn.Module, example: Tensor, job: Any) -> Variant:
     """PyTorch, the eager calls replayed as one CUDA graph."""
-    module = in_precision(module, job.precision)
-    return Variant(capture(module, example), state_bytes(module), [], columns=REPLAYED)
+    call = capture(prepare(module, example, job.precision), example)
+    return Variant(call, state_bytes(module), [], uploads=True, columns=REPLAYED)
 
 
 def build_compiled(module: nn.Module, example: Tensor, job: Any) -> Variant:
     """PyTorch by torch.compile, with CUDA graphs."""
     if not any(map(shutil.which, ("cc", "gcc", "clang"))):
         raise UnavailableError("torch.compile needs a C compiler on this machine")
-    module = in_precision(module, job.precision)
-    call = torch.compile(module, mode="reduce-overhead")
+    call = torch.compile(prepare(module, example, job.precision), mode="reduce-overhead")
     return Variant(call, state_bytes(module), [], columns=REPLAYED)
 
 
@@ -160,15 +140,13 @@ def build_onnxruntime(module: nn.Module, example: Tensor, job: Any) -> Variant:
 
 def build_tensorrt(module: nn.Module, example: Tensor, job: Any) -> Variant:
     """TensorRT, strongly typed, one profile per batch size, replayed as a CUDA graph."""
-    check_capability(job.precision)
-    recipe = tensorrt_engine.Recipe(job.onnx, job.precision, job.batch_sizes)
-    runner = _opened.enter_context(
-        tensorrt_engine.open_runner(recipe, job.engine_dir, job.batch_size, job.cuda_graph)
-    )
+    with tensorrt_for(job) as (recipe, folder):
+        opened = tensorrt_engine.open_runner(recipe, folder, job.batch_size, job.cuda_graph)
+        runner = _opened.enter_context(opened)
     logits = join_stream(runner)
 
     def call(x: Tensor) -> Tensor:
-        runner.copy_from_device(x.data_ptr())
+        runner.copy_from_device(x.data_ptr(), x.nbytes)
         runner.execute()
         return logits
 
@@ -177,13 +155,10 @@ def build_tensorrt(module: nn.Module, example: Tensor, job: Any) -> Variant:
         runner.execute()
         return runner.download()
 
-    opened = runner.opened
-    columns = {
-        "engine_build_seconds": opened.build_seconds,
-        "engine_cached": opened.cached,
-        "cuda_graph": runner.uses_graph,
-    }
-    return Variant(call, opened.size_bytes, [], host_call=host_call, columns=columns)
+    columns: dict[str, Any] = {"cuda_graph": runner.uses_graph}
+    if job.cuda_graph and runner.no_graph:
+        columns["reason"] = f"it runs as with --no-cuda-graph: {runner.no_graph}"
+    return Variant(call, runner.opened.size_bytes, [], host_call=host_call, columns=columns)
 
 
 @dataclass(frozen=True)
@@ -217,7 +192,16 @@ CANDIDATES = {
         if precision != "fp32"
     },
 }
-BASELINES = {"cpu": ["torch-cpu"], "cuda": ["torch-fp32", "torch-fp32-graph"]}
+BASELINES = {"cpu": "torch-cpu", "cuda": "torch-fp32"}
+# PyTorch's CUDA graph of the same precision, or of the nearest that PyTorch has: a speedup over it
+# is due neither to launches nor to the precision.
+GRAPH_BASELINES = {
+    "fp32": "torch-fp32-graph",
+    "tf32": "torch-tf32-graph",
+    "fp16": "torch-fp16-graph",
+    "int8": "torch-fp16-graph",
+    "fp8": "torch-fp16-graph",
+}
 
 
 # --- how the routes work --------------------------------------------------------------------------
@@ -226,14 +210,19 @@ BASELINES = {"cpu": ["torch-cpu"], "cuda": ["torch-fp32", "torch-fp32-graph"]}
 _opened = contextlib.ExitStack()
 
 
-def join_stream(runner: tensorrt_engine.Runner) -> Tensor:
-    """Make the engine's stream PyTorch's, its events included; the engine's logits as a tensor."""
-    torch.cuda.set_stream(torch.cuda.ExternalStream(runner.stream_handle))
-    return torch.as_tensor(runner.device_logits, device="cuda")
+def prepare(module: nn.Module, example: Tensor, precision: str) -> Callable[[Tensor], Tensor]:
+    """The module in that precision and in the layout that its device is fastest with, in place.
 
-
-class ParityError(Exception):
-    """Logits too far from PyTorch's."""
+    Images and logits are float32 and contiguous: the call converts them. TF32 is a setting of the
+    process.
+    """
+    if precision == "tf32":
+        check_capability(precision)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    layout = memory_format(example.device)
+    module = module.to(dtype).to(memory_format=layout)
+    return lambda x: module(x.to(dtype, memory_format=layout)).float()
 
 
 def check_capability(precision: str) -> None:
@@ -244,12 +233,46 @@ def check_capability(precision: str) -> None:
         raise UnavailableError(f"{precision} needs a GPU of compute capability {wanted} or newer")
 
 
-def in_precision(module: nn.Module, precision: str) -> nn.Module:
-    """The module in that precision, float32 outside; TF32 is a setting of the process."""
-    if precision == "tf32":
-        check_capability(precision)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    return HalfPrecision(module) if precision == "fp16" else module
+@contextlib.contextmanager
+def tensorrt_for(job: EngineJob) -> Iterator[tuple[tensorrt_engine.Recipe, Path]]:
+    """The engine's recipe and folder; what TensorRT lacks for it becomes UnavailableError."""
+    check_capability(job.precision)
+    assert job.onnx is not None
+    try:
+        yield tensorrt_engine.Recipe(job.onnx, job.precision, job.batch_sizes), Path(job.folder)
+    except tensorrt_engine.UnsupportedError as error:
+        raise UnavailableError(str(error)) from error
+
+
+def make_engine(job: EngineJob) -> dict[str, Any]:
+    """In a worker: have the candidate's engine in the folder; the columns on how it came about."""
+    with tensorrt_for(job) as (recipe, folder):
+        seconds, cached = tensorrt_engine.make_engine(recipe, folder)
+    return {"engine_build_seconds": seconds, "engine_cached": cached}
+
+
+def make_engines(jobs: Sequence[EngineJob]) -> dict[str, dict[str, Any]]:
+    """Have all engines built, each by a process that shares the GPU's memory with no other.
+
+    Returns:
+        The columns on each engine, or the status and the reason of one that there is not.
+    """
+    if jobs:
+        print("engines")
+    rows: dict[str, dict[str, Any]] = {job.candidate: {} for job in jobs}
+    for job in jobs:
+        row = rows[job.candidate]
+        with recorded(row), Worker() as worker:
+            row |= worker.run(make_engine, job)
+        how = row.get("reason") or f"{row['engine_build_seconds']:.1f} s"
+        print(f"  {job.candidate:24}{how}{', kept' * row.get('engine_cached', False)}", flush=True)
+    return rows
+
+
+def join_stream(runner: tensorrt_engine.Runner) -> Tensor:
+    """Make the engine's stream PyTorch's, its events included; the engine's logits as a tensor."""
+    torch.cuda.set_stream(torch.cuda.ExternalStream(runner.stream_handle))
+    return torch.as_tensor(runner.device_logits, device="cuda")
 
 
 # --- the model ------------------------------------------------------------------------------------
@@ -283,105 +306,6 @@ def dataset_of(name: str) -> str:
         return str(json.loads(path.with_suffix(".json").read_text())["dataset"])
     except (OSError, ValueError, LookupError, TypeError):
         return "cifar100" if checkpoint_of(name) else "tiny-imagenet"
-
-
-def load_calibration(
-    load: Callable[..., data.ImageSet], scored: data.ImageSet, seed: int
-) -> np.ndarray | None:
-    """Training images uint8 `[N, 3, H, W]`, none of them scored; None if there are none."""
-    try:
-        train = load(split="train")
-    except cli.UserError as error:
-        print(f"note: no images to calibrate int8 and fp8 on ({error})")
-        return None
-    train = data.take_subset(train, min(CALIBRATION_IMAGES, len(train)), seed)
-    seen = {hash(image.tobytes()) for image in scored.images.numpy()}  # CIFAR-100 repeats ten
-    images = train.images.numpy()
-    return images[[hash(image.tobytes()) not in seen for image in images]]
-
-
-# --- the export -----------------------------------------------------------------------------------
-
-
-def compare_logits(logits: Tensor, reference: Tensor) -> dict[str, Any]:
-    """PARITY_COLUMNS of logits `[N, C]`."""
-    return {
-        "parity_cosine": evaluation.centred_cosine(logits, reference),
-        "parity_max_difference": (logits - reference).abs().max().item(),
-        "parity_images": len(logits),
-    }
-
-
-def require_parity(row: dict[str, Any], precision: str) -> None:
-    """ParityError if the row's cosine is below the precision's gate, or is not a number."""
-    cosine, gate = row["parity_cosine"], GATES[precision]
-    if not cosine >= gate:
-        raise ParityError(f"cosine {cosine:.5f} with PyTorch's logits, at least {gate} wanted")
-
-
-def make_graph(
-    name: str, job: EngineJob, calibration: np.ndarray | None, images: np.ndarray
-) -> dict[str, Any]:
-    """In a worker: write one of GRAPHS to `job.onnx`, check it, compare it with PyTorch.
-
-    Args:
-        calibration, images: uint8 `[N, 3, H, W]`, training images and labelled ones.
-    """
-    prepare_process(job)
-    model = job.load(job.model, job.untrained)
-    how, path = model.preprocessing, graph_path(job.engine_dir, job.model, name)
-    precision, parts = GRAPHS[name]
-    start = time.perf_counter()
-    reference = evaluation.predict(model.module, torch.from_numpy(images), how, len(images))
-    row: dict[str, Any] = {}
-    if not parts:
-        module = in_precision(model.module, precision)
-        write_onnx(module, torch.zeros(1, 3, how.input_size, how.input_size), path)
-    elif calibration is None:
-        raise UnavailableError("there are no training images to calibrate on")
-    else:
-        source = graph_path(job.engine_dir, job.model, "fp16")
-        inputs = data.preprocess(torch.from_numpy(calibration), how).numpy()
-        try:
-            row = quantize_graph(
-                source, path, precision, parts, inputs, CALIBRATION_BATCH, job.threads
-            )
-        except NothingToQuantizeError as error:
-            raise UnavailableError(str(error)) from error
-        row["calibration_images"] = len(inputs)
-    row |= {"export_seconds": time.perf_counter() - start, **check_onnx(path)}
-    call = onnx_session(path, job.threads, optimize=False)
-    logits = [
-        evaluation.predict(call, torch.from_numpy(images), how, size) for size in CHECKED_BATCHES
-    ]
-    return row | compare_logits(torch.cat(logits), torch.cat([reference] * len(logits)))
-
-
-def export_graphs(
-    names: Sequence[str], job: EngineJob, calibration: np.ndarray | None, images: np.ndarray
-) -> dict[str, dict[str, Any]]:
-    """Make each graph in a process of its own; a row of GRAPH_FILE_COLUMNS for each."""
-    rows: dict[str, dict[str, Any]] = {}
-    for name in names:
-        path = graph_path(job.engine_dir, job.model, name)
-        path.unlink(missing_ok=True)  # a failed export must not leave an older graph
-        precision, parts = GRAPHS[name]
-        row = rows[name] = {"model": job.model, "graph": name, "precision": precision}
-        row |= {"file": str(path), "status": "ok"}
-        with recorded(row), Worker() as worker:
-            if parts and rows["fp16"]["status"] != "ok":
-                raise UnavailableError("it starts from the fp16 graph, which there is not")
-            row["checked_batch_sizes"] = " ".join(map(str, CHECKED_BATCHES))
-            row |= worker.run(make_graph, name, job, calibration, images)
-            require_parity(row, precision)
-        print(f"  {name:20}{row.get('reason') or row['parity_cosine']}", flush=True)
-    return rows
-
-
-def graph_path(folder: Path, model: str, graph: str) -> Path:
-    """Where a model's graph lies."""
-    stem = model.removesuffix(".safetensors").replace("/", "-").strip("-.")
-    return folder / f"{stem}-{graph}.onnx"
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -437,11 +361,20 @@ def list_candidates() -> None:
 
 
 def choose_candidates(wanted: Sequence[str] | None, device: str) -> list[str]:
-    """The candidates of this run, baselines first; a CPU run lists those it lacks a GPU for."""
+    """The candidates of this run with their baselines; a CPU run lists those it lacks a GPU for."""
     for name in wanted or ():
         cli.check_name(name, CANDIDATES, "candidate")
     everything = [name for name, c in CANDIDATES.items() if device in ("cpu", c.device)]
-    return list(dict.fromkeys([*BASELINES[device], *(wanted or everything)]))
+    chosen = {BASELINES[device], *(wanted or everything)}
+    chosen |= set(graph_baselines(chosen, device).values())
+    return [name for name in CANDIDATES if name in chosen]
+
+
+def graph_baselines(names: Iterable[str], device: str) -> dict[str, str]:
+    """For each candidate the CUDA graph that it is compared with; a CPU has none."""
+    if device == "cpu":
+        return {}
+    return {name: GRAPH_BASELINES[CANDIDATES[name].precision] for name in names}
 
 
 def choose_graphs(names: Sequence[str]) -> list[str]:
@@ -465,27 +398,13 @@ def why_missing(name: str, device: str, graphs: dict[str, dict[str, Any]]) -> di
     return {"status": graph["status"], "reason": reason}
 
 
-def load_image_sets(
-    load: Callable[..., data.ImageSet], dataset: str, num_images: int | None, batch: int, seed: int
-) -> tuple[data.ImageSet, data.ImageSet]:
-    """The images for accuracy and the INPUT_BATCHES batches for speed (fewer if few images)."""
-    accuracy = load(split=data.ACCURACY_SPLIT[dataset], num_images=num_images, seed=seed)
-    speed = load(split=data.SPEED_SPLIT[dataset])
-    if batch > len(speed):
-        raise cli.UserError(
-            f"--batch-sizes {batch}: {dataset} {speed.split} has {len(speed)} images"
-        )
-    batches = min(INPUT_BATCHES, len(speed) // batch)
-    return accuracy, data.take_subset(speed, batches * batch, seed)
-
-
-def parity_check(model: LoadedModel, images: Tensor) -> Check:
+def parity_check(model: LoadedModel, images: Tensor, untrained: bool = False) -> Check:
     """A check that compares a candidate's logits with PyTorch's, in float32 on the CPU."""
     reference = evaluation.predict(model.module, images, model.preprocessing, len(images))
 
     def check(row: dict[str, Any], predict: Predict) -> None:
         row |= compare_logits(torch.from_numpy(predict(images.numpy())), reference)
-        require_parity(row, CANDIDATES[row["candidate"]].precision)
+        require_parity(row, CANDIDATES[row["candidate"]].precision, untrained)
 
     return check
 
@@ -493,10 +412,9 @@ def parity_check(model: LoadedModel, images: Tensor) -> Check:
 def make_job(name: str, job: EngineJob) -> EngineJob:
     """The job of one candidate."""
     candidate = CANDIDATES[name]
-    onnx = candidate.graph and graph_path(job.engine_dir, job.model, candidate.graph)
-    return replace(
-        job, candidate=name, build=candidate.build, precision=candidate.precision, onnx=onnx or None
-    )
+    onnx = graph_path(job.folder, job.model, candidate.graph) if candidate.graph else None
+    job = replace(job, candidate=name, build=candidate.build, precision=candidate.precision)
+    return replace(job, onnx=onnx, needs_module=onnx is None)
 
 
 def make_engine_dir(path: Path) -> Path:
@@ -505,6 +423,29 @@ def make_engine_dir(path: Path) -> Path:
         return cli.make_output_dir(path)
     except cli.UserError as error:
         raise cli.UserError(str(error).replace("--output-dir", "--engine-dir")) from error
+
+
+def make_rows(
+    found: Mapping[str, dict[str, Any]],
+    scores: Mapping[str, dict[str, Any]],
+    about: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """The rows of one batch size and thread count, with the COLUMNS that are known.
+
+    Args:
+        found: what was measured, or why it was not, of each candidate.
+        scores: accuracies, measured once in a run.
+        about: columns that all these rows share.
+    """
+    rows = []
+    for name, row in found.items():
+        if row["status"] == "ok" and name not in scores:
+            add_reason(row, "not scored at the largest batch size")
+        known = {column: row[column] for column in COLUMNS if column in row}
+        accuracy = scores.get(name, {}) if row["status"] == "ok" else {}
+        candidate = {"candidate": name, "precision": CANDIDATES[name].precision}
+        rows.append(about | candidate | accuracy | known)
+    return rows
 
 
 @cli.command
@@ -533,61 +474,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     if columns is None:
         print("note: this model does not know these classes, so there is no accuracy to measure")
 
+    def some(count: int) -> Tensor:
+        return data.take_subset(labelled, min(count, len(labelled)), args.seed).images
+
     chosen = choose_graphs(names)
     eight_bit = any(GRAPHS[graph][1] for graph in chosen)
     calibration = load_calibration(load, labelled, args.seed) if eight_bit else None
-    common = {"model": args.model, "untrained": args.untrained, "seed": args.seed, "folder": ""}
-    common |= {"engine_dir": engine_dir, "batch_sizes": tuple(sorted(batch_sizes))}
+    common = {"model": args.model, "untrained": args.untrained, "seed": args.seed}
+    common |= {"folder": str(engine_dir), "batch_sizes": tuple(sorted(batch_sizes))}
     setting = {"batch_size": 1, "threads": args.threads[0], "device": "cpu"}  # of the export
     job = EngineJob(candidate="", build=build_eager, load=load_trained, **common, **setting)
     job = replace(job, cuda_graph=args.cuda_graph)
     print("graphs, cosine with PyTorch")
-    graphs = export_graphs(chosen, job, calibration, labelled.images[:EXPORT_IMAGES].numpy())
-    environment = results.environment(model=args.model, checkpoints=model.checkpoints)
-    results.write_json(output_dir / "environment.json", environment)
+    graphs = export_graphs(chosen, job, calibration, some(EXPORT_IMAGES).numpy())
     results.write_csv(output_dir / "graphs.csv", graphs.values(), GRAPH_FILE_COLUMNS)
+    environment = results.environment(model=args.model, checkpoints=model.checkpoints)
     if args.export_only:
+        results.write_json(output_dir / "environment.json", environment)
         print(output_dir / "graphs.csv")
         return int(any(row["status"] == "failed" for row in graphs.values()))
 
+    missing = {name: why for name in names if (why := why_missing(name, device, graphs))}
+    here = [name for name in names if name not in missing]
+    built = [name for name in here if CANDIDATES[name].build == build_tensorrt]
+    engines = make_engines([make_job(name, job) for name in built])
+    missing |= {name: row for name, row in engines.items() if "status" in row}
     rows: list[dict[str, Any]] = []
     accuracy: dict[str, dict[str, Any]] = {}
-    missing = {name: why for name in names if (why := why_missing(name, device, graphs))}
-    check = parity_check(model, labelled.images[:PARITY_IMAGES])
+    check = parity_check(model, some(PARITY_IMAGES), args.untrained)
     for threads, batch_size in itertools.product(args.threads, batch_sizes):
         print(f"batch size {batch_size}, {threads} threads")
         setting = {"batch_size": batch_size, "threads": threads, "device": device}
-        jobs = [make_job(name, replace(job, **setting)) for name in names if name not in missing]
         block, logits = measure_block(
-            jobs,
+            [make_job(name, replace(job, **setting)) for name in here if name not in missing],
             speed.images[: len(speed) // batch_sizes[0] * batch_size],
             None if accuracy else labelled.images,
             args.rounds,
             args.block_seconds,
             max_slowdown=math.inf,
             check=check,
-            second_baseline="torch-fp32-graph" if device == "cuda" else None,
+            second_baselines=graph_baselines(here, device),
             transfers=device == "cuda",
         )
         for name, output in logits.items():
             accuracy[name] = evaluation.accuracy_row(
-                output, logits[BASELINES[device][0]], labelled.labels, columns
+                output, logits[BASELINES[device]], labelled.labels, columns
             ) | {"accuracy_batch_size": batch_size}
-        for name in names:
-            row = missing.get(name) or block[name]
-            scores = accuracy.get(name, {}) if row["status"] == "ok" else {}
-            about = {"candidate": name, "precision": CANDIDATES[name].precision}
-            about |= {"model": args.model, "dataset": args.dataset} | setting
-            if row["status"] == "ok" and not scores:
-                row.setdefault("reason", f"not scored at batch size {batch_sizes[0]}")
-            known = {column: row[column] for column in COLUMNS if column in row}
-            rows.append(about | scores | known)
+        found = {n: missing.get(n) or block[n] | engines.get(n, {}) for n in names}
+        about = {"model": args.model, "dataset": args.dataset, **setting}
+        rows += make_rows(found, accuracy, about)
+        results.write_json(output_dir / "environment.json", environment)
         results.write_csv(output_dir / "tensorrt.csv", rows, COLUMNS)
     results.print_table([row for row in rows if row["status"] != "unavailable"], SHOWN)
-    for reason, group in itertools.groupby(missing.values(), key=lambda why: why["reason"]):
-        print(f"unavailable: {len(list(group))} candidates: {reason}")
+    reasons = sorted((why["status"], why["reason"]) for why in missing.values())
+    for (status, reason), group in itertools.groupby(reasons):
+        print(f"{status}: {len(list(group))} candidates: {reason}")
     print(output_dir / "tensorrt.csv")
-    return int(any(row["status"] == "failed" for row in rows))
+    return int(any(row["status"] == "failed" for row in (*graphs.values(), *rows)))
 
 
 if __name__ == "__main__":

@@ -24,15 +24,22 @@ import onnxruntime
 import pytest
 
 MAGIC = b"standin-plan\n"
+BUILD_ERRORS = {  # as TensorRT words them; after the first it goes on building
+    "tactic": "Error Code 2: OutOfMemory (no further information): skipping this tactic",
+    "memory": "Error Code 2: OutOfMemory (no further information)",
+    "kernel": "Error Code 10: Could not find any implementation for node /head/Gelu.",
+}
 
 
 class Gpu:
     """The state of the pretended GPU, and the faults it should show."""
 
     def __init__(self, name: str = "Stand-in GPU", capability: tuple[int, int] = (9, 0)) -> None:
-        self.name, self.capability = name, capability
+        self.name, self.capability, self.cuda = name, capability, 13_010
         self.memory_bytes = 1 << 30
-        self.faults: set[str] = set()  # of: context, build, enqueue, capture, driver
+        # Of: device, driver, memory, tactic, kernel, context, enqueue, crash, capture.
+        self.faults: set[str] = set()
+        self.broken = False  # after a crash every call fails, as on a real GPU
         self.current: list[object] = []  # the stack of contexts
         self.live: dict[int, Any] = {}  # address -> memory, device and pinned
         self.allocations = 0
@@ -105,8 +112,11 @@ class Dims(tuple):
 
 
 class ParserError:
-    def __init__(self, node: str, text: str) -> None:
-        self.text = f"In node {node}: {text}"
+    def __init__(self, node: str, text: str, code: str) -> None:
+        self.text, self.kind = f"In node {node}: {text}", code
+
+    def code(self) -> Any:
+        return types.SimpleNamespace(name=self.kind)
 
     def __str__(self) -> str:
         return self.text
@@ -134,11 +144,13 @@ class OnnxParser:
         try:
             model = onnx.load(path)
         except Exception as error:
-            self.errors.append(ParserError("-1", f"cannot parse the file: {error}"))
+            text = f"cannot parse the file: {error}"
+            self.errors.append(ParserError("-1", text, "MODEL_DESERIALIZE_FAILED"))
             return False
         for node in model.graph.node:
             if node.domain not in ("", "ai.onnx"):
-                self.errors.append(ParserError(node.name, f"no importer for {node.op_type}"))
+                text = f"no importer for {node.op_type}"
+                self.errors.append(ParserError(node.name, text, "UNSUPPORTED_NODE"))
         self.network.model = model
         return not self.errors
 
@@ -295,7 +307,8 @@ class Context:
 
     def execute_async_v3(self, stream: int) -> bool:
         assert stream != 0, "the default stream costs a synchronisation"
-        if "enqueue" in GPU.faults or self.infer_shapes():
+        GPU.broken |= "crash" in GPU.faults
+        if GPU.broken or "enqueue" in GPU.faults or self.infer_shapes():
             return self._refuse("enqueue failed")
         if len(self.addresses) < len(self.engine.tensors):
             return self._refuse("a tensor has no address")
@@ -334,12 +347,15 @@ def make_tensorrt(version: str) -> Any:
     module.TensorIOMode = types.SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT")
     module.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=1)
 
+    def check_start(logger: ILogger) -> ILogger:
+        assert logger.initialised
+        if "driver" in GPU.faults:
+            raise TypeError("pybind11::init(): factory function returned nullptr")
+        return logger
+
     class Builder:
         def __init__(self, logger: ILogger) -> None:
-            assert logger.initialised
-            if "driver" in GPU.faults:
-                raise TypeError("pybind11::init(): factory function returned nullptr")
-            self.logger = logger
+            self.logger = check_start(logger)
 
         def create_network(self, flags: int) -> Network:
             assert flags & 2, "weakly typed: on 10.x this ignores the graph's precisions"
@@ -354,8 +370,10 @@ def make_tensorrt(version: str) -> Any:
         def build_serialized_network(
             self, network: Network, config: BuilderConfig
         ) -> HostMemory | None:
-            if "build" in GPU.faults or not config.profiles or network.model is None:
-                self.logger.log(Severity.ERROR, "Error Code 2: OutOfMemory: out of memory")
+            for fault in ("tactic", "memory", "kernel"):
+                if fault in GPU.faults:
+                    self.logger.log(Severity.ERROR, BUILD_ERRORS[fault])
+            if GPU.faults & {"memory", "kernel"} or not config.profiles or network.model is None:
                 return None
             GPU.builds += 1
             GPU.flags = {"tf32": module.BuilderFlag.TF32 in config.flags, "limits": config.limits}
@@ -369,7 +387,7 @@ def make_tensorrt(version: str) -> Any:
 
     class Runtime:
         def __init__(self, logger: ILogger) -> None:
-            self.logger = logger
+            self.logger = check_start(logger)
 
         def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
             body = plan[len(MAGIC) + 32 :]
@@ -429,6 +447,8 @@ class Stream:
 
     def synchronize(self) -> None:
         assert self.handle not in GPU.captures, "synchronised while capturing"
+        if GPU.broken:
+            raise CudaError("cuStreamSynchronize failed: an illegal memory access was encountered")
 
 
 class DeviceAllocation:
@@ -465,6 +485,7 @@ def make_pycuda_driver() -> Any:
     module: Any = types.ModuleType("pycuda.driver")
     module.Error, module.MemoryError = CudaError, CudaMemoryError
     module.init, module.Device, module.Stream = lambda: None, Device, Stream
+    module.get_driver_version = lambda: GPU.cuda
     module.mem_alloc = DeviceAllocation
     module.pagelocked_empty = lambda shape, dtype: np.asarray(PinnedAllocation(shape, dtype))
     module.memcpy_htod_async = lambda target, array, stream: copy_async(

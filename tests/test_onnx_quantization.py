@@ -99,7 +99,9 @@ def test_attention_and_residual_are_variants(graphs: dict[str, Path], tmp_path: 
     quantize(graphs["vit"], tmp_path / "r.onnx", "int8", ["linear", "residual"])
     residual = Placement(tmp_path / "r.onnx")
     sums = [n for n in residual.graph.node if n.op_type == "Add"]
-    assert sum(all(residual.restored(n)) for n in sums) == 8
+    # Only the skip branch, which the exporter writes first: the other comes from a product.
+    assert sum(residual.restored(n) == [True, False] for n in sums) == 8
+    assert not any(residual.restored(n)[1] for n in sums)
     assert len(residual.quantized()) == 19
     # A bias is a sum with a constant and stays as it is; so do the additions of shapes.
     assert sum(not any(residual.restored(n)) for n in sums) == len(sums) - 8
@@ -166,9 +168,82 @@ def test_nodes_are_chosen_by_identity_not_by_prefix(graphs: dict[str, Path], tmp
     weighted = [n for n in products if n not in attention]
     for i, node in enumerate(weighted):
         node.name = f"product_1{i}"
-    sites = quantization.find_sites(model, ["linear"])
+    sites = quantization.find_sites(model, ["linear"], "int8")
     assert "product_1" not in {site.node for site in sites}
     assert {f"product_1{i}" for i in range(16)} <= {site.node for site in sites}
+
+
+def make_graph(nodes: Sequence[Any], weights: dict[str, tuple[int, ...]]) -> Any:
+    """A graph from `images`; all tensors but the weights are float32 of any shape."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    names = [name for node in nodes for name in node.output]
+    values = [helper.make_tensor_value_info(name, kind, None) for name in ("images", *names)]
+    constants = [
+        numpy_helper.from_array(np.ones(shape, np.float32), name) for name, shape in weights.items()
+    ]
+    graph = helper.make_graph(
+        nodes, "g", values[:1], values[-1:], constants, value_info=values[1:-1]
+    )
+    opset = helper.make_opsetid("", 20)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=10)
+
+
+def make_node(operator: str, inputs: str, output: str) -> Any:
+    return onnx.helper.make_node(operator, inputs.split(), [output], name=output)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "skip"),
+    [
+        ("plain conv", "plain"),
+        ("conv plain", "plain"),
+        ("biased plain", "plain"),
+        ("product plain", "plain"),
+        ("plain other", "plain"),
+        ("other plain", "other"),
+        ("conv biased", "conv"),
+    ],
+)
+def test_of_a_sum_the_branch_without_a_product_is_quantised(inputs: str, skip: str):
+    nodes = [
+        make_node("Relu", "images", "plain"),
+        make_node("Sigmoid", "images", "other"),
+        make_node("Conv", "images kernel", "conv"),
+        make_node("MatMul", "images matrix", "product"),
+        make_node("Add", "bias product", "biased"),
+        make_node("Add", inputs, "sum"),
+    ]
+    model = make_graph(nodes, {"kernel": (32, 32, 1, 1), "matrix": (32, 32), "bias": (32,)})
+    (site,) = quantization.find_sites(model, ["residual"], "int8")
+    assert (site.node, site.tensor, site.axis) == ("sum", skip, None)
+    assert inputs.split()[site.position] == skip
+
+
+@pytest.mark.parametrize(
+    ("shape", "kinds"),
+    [
+        ((32, 32, 3, 3), ["int8", "fp8"]),
+        ((32, 16, 3, 3), ["int8"]),
+        ((16, 32, 1, 1), ["int8"]),
+        ((32, 32, 6, 6), ["int8"]),
+        ((32, 8, 3, 3), []),
+    ],
+)
+def test_fp8_convolutions_are_wide_and_small(shape: tuple[int, ...], kinds: list[str]):
+    nodes = [make_node("Conv", "images kernel", "conv"), make_node("MatMul", "conv matrix", "out")]
+    model = make_graph(nodes, {"kernel": shape, "matrix": (32, 32)})
+    found = [kind for kind in ("int8", "fp8") if quantization.find_sites(model, ["linear"], kind)]
+    assert found == kinds
+
+
+def test_range_counts_every_channel(tmp_path: Path):
+    """1.2 million values, 384 channels: every 24th value would always be of the same 16."""
+    values = np.random.default_rng(0).normal(size=(3200, 384)).astype(np.float32)
+    values[:, 5] = 20
+    nodes = [make_node("Relu", "images", "inner"), make_node("Relu", "inner", "out")]
+    onnx.save(make_graph(nodes, {}), tmp_path / "g.onnx")
+    ranges = quantization.calibrate(tmp_path / "g.onnx", ["inner"], values, 3200, 1, clip=True)
+    assert ranges["inner"] == pytest.approx(20, rel=0.05)
 
 
 def test_calibration_sees_every_batch(graphs: dict[str, Path]):

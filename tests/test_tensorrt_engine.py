@@ -17,9 +17,11 @@ import torch
 
 from tests import tensorrt_standin as standin
 from tests.test_onnx_tools import digit_inputs, small_cnn
+from utils import engine_cache
 from utils import tensorrt_engine as trt_engine
+from utils.engine_cache import Recipe
 from utils.onnx_tools import onnx_session, write_onnx
-from utils.tensorrt_engine import EngineError, MissingError, Recipe, open_runner
+from utils.tensorrt_engine import EngineError, MissingError, UnsupportedError, open_runner
 
 ROOT = Path(__file__).resolve().parent.parent
 HAS_GPU = torch.cuda.is_available() and importlib.util.find_spec("pycuda") is not None
@@ -76,7 +78,7 @@ def test_runner_takes_images_from_the_device_and_shows_its_logits(
     expected = onnx_session(recipe.onnx, 1, optimize=False)(digit_inputs(4))
     x = images(4)
     with open_runner(recipe, tmp_path, 4) as runner:
-        runner.copy_from_device(x.ctypes.data)  # the stand-in's device memory is the host's
+        runner.copy_from_device(x.ctypes.data, x.nbytes)  # its device memory is the host's
         runner.execute()
         interface = runner.device_logits.__cuda_array_interface__
         logits = standin.as_array(interface["data"][0], interface["shape"])
@@ -91,6 +93,9 @@ def test_runner_refuses_other_shapes_and_types(gpu: standin.Gpu, recipe: Recipe,
                 runner.upload(wrong)
         with pytest.raises(ValueError, match="contiguous"):
             runner.upload(images(4).transpose(0, 1, 3, 2))
+        x = images(3)
+        with pytest.raises(ValueError, match="36864 bytes of images: expected 49152"):
+            runner.copy_from_device(x.ctypes.data, x.nbytes)
 
 
 def test_batch_outside_the_profiles(gpu: standin.Gpu, recipe: Recipe, tmp_path: Path):
@@ -109,7 +114,20 @@ def test_capture_that_fails_falls_back_to_plain_enqueues(
     gpu.faults.add("capture")
     with open_runner(recipe, tmp_path, 4) as runner:
         assert runner.uses_graph is False
+        assert runner.no_graph == "operation not permitted when stream is capturing"
         assert gpu.captures == {}  # the capture was ended
+        expected = onnx_session(recipe.onnx, 1, optimize=False)(digit_inputs(4))
+        np.testing.assert_array_equal(runner.infer(images(4)), expected)
+
+
+def test_without_cuda_bindings_it_runs_by_plain_enqueues(
+    gpu: standin.Gpu, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delattr("cuda.bindings.driver")
+    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
+    with open_runner(recipe, tmp_path, 4) as runner:
+        assert runner.uses_graph is False
+        assert "cuda-bindings is not usable" in runner.no_graph
         expected = onnx_session(recipe.onnx, 1, optimize=False)(digit_inputs(4))
         np.testing.assert_array_equal(runner.infer(images(4)), expected)
 
@@ -119,9 +137,11 @@ def test_capture_that_fails_falls_back_to_plain_enqueues(
     [
         ("device", MissingError, "no usable GPU"),
         ("driver", MissingError, "driver may be older"),
-        ("build", MemoryError, "cannot build cnn.onnx; .*out of memory"),
+        ("memory", MemoryError, "cannot build cnn.onnx; .*OutOfMemory"),
+        ("kernel", UnsupportedError, "cannot build cnn.onnx; .*Could not find any implementation"),
         ("context", MemoryError, "execution context"),
         ("enqueue", EngineError, "cannot run the engine; enqueue failed"),
+        ("crash", EngineError, "cannot run the engine; enqueue failed"),
     ],
 )
 def test_faults_come_back_with_their_reason_and_leave_nothing(
@@ -132,6 +152,39 @@ def test_faults_come_back_with_their_reason_and_leave_nothing(
         pass
     assert gpu.live == {}
     assert gpu.current == []
+
+
+@pytest.mark.parametrize("text", ["Error Code 2: OutOfMemory (no details)", "CUDA: Out of memory"])
+def test_too_little_memory_in_either_spelling(gpu: standin.Gpu, text: str):
+    trt_engine.shared_logger().log(standin.Severity.ERROR, text)
+    assert isinstance(trt_engine.refusal("TensorRT cannot build it"), MemoryError)
+    assert type(trt_engine.refusal("TensorRT cannot run it")) is EngineError  # all is told once
+
+
+@pytest.mark.parametrize(
+    ("faults", "text"),
+    [
+        ({"tactic", "enqueue"}, "TensorRT cannot run the engine; enqueue failed"),
+        ({"tactic", "capture"}, "operation not permitted when stream is capturing"),
+    ],
+)
+def test_errors_that_a_build_overcame_do_not_explain_a_later_one(
+    gpu: standin.Gpu, recipe: Recipe, tmp_path: Path, faults: set[str], text: str
+):
+    gpu.faults |= faults
+    try:
+        with open_runner(recipe, tmp_path, 4) as runner:
+            found = runner.no_graph
+    except EngineError as error:
+        found = str(error)
+    assert found == text
+    assert trt_engine.take_errors() == ""
+
+
+def test_closing_twice_is_closing_once(gpu: standin.Gpu, recipe: Recipe, tmp_path: Path):
+    with open_runner(recipe, tmp_path, 4) as runner:
+        runner.close()
+        assert gpu.live == {}
 
 
 def test_too_little_memory_for_the_buffers(gpu: standin.Gpu, recipe: Recipe, tmp_path: Path):
@@ -194,7 +247,7 @@ def test_every_parser_error_is_printed(
         node.domain, node.op_type = "my.domain", "Fancy"
     onnx.save(model, tmp_path / "odd.onnx")
     with (
-        pytest.raises(EngineError, match=r"cannot parse odd.onnx, 2 errors: .*Fancy"),
+        pytest.raises(UnsupportedError, match=r"cannot parse odd.onnx, 2 errors: .*Fancy"),
         open_runner(Recipe(tmp_path / "odd.onnx", "fp32", (1,)), tmp_path, 1),
     ):
         pass
@@ -206,7 +259,7 @@ def test_truncated_onnx_file(gpu: standin.Gpu, recipe: Recipe, tmp_path: Path):
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(recipe.onnx.read_bytes()[:5000])
     with (
-        pytest.raises(EngineError, match=r"broken.onnx is no ONNX file"),
+        pytest.raises(ValueError, match=r"broken.onnx is no ONNX file"),
         open_runner(Recipe(broken, "fp32", (1,)), tmp_path, 1),
     ):
         pass
@@ -214,8 +267,9 @@ def test_truncated_onnx_file(gpu: standin.Gpu, recipe: Recipe, tmp_path: Path):
 
 def test_parser_errors_come_from_the_parser(gpu: standin.Gpu, tmp_path: Path):
     (tmp_path / "broken.onnx").write_bytes(b"\x08nonsense")
-    with pytest.raises(EngineError, match=r"cannot parse broken.onnx, 1 errors"):
+    with pytest.raises(EngineError, match=r"cannot parse broken.onnx, 1 errors") as caught:
         trt_engine.build_plan(Recipe(tmp_path / "broken.onnx", "fp32", (1,)), tmp_path / "cache")
+    assert not isinstance(caught.value, UnsupportedError)
 
 
 def test_timing_cache_is_kept_and_a_foreign_one_replaced(
@@ -254,6 +308,16 @@ def test_engine_is_built_once_and_its_card_says_how_long_it_took(
     assert not [path for path in tmp_path.iterdir() if path.suffix == ".tmp"]
 
 
+def test_engine_made_ahead_is_only_opened(gpu: standin.Gpu, recipe: Recipe, tmp_path: Path):
+    seconds, cached = trt_engine.make_engine(recipe, tmp_path)
+    assert seconds > 0
+    assert cached is False
+    assert gpu.current == []
+    assert open_once(recipe, tmp_path) is True
+    assert trt_engine.make_engine(recipe, tmp_path) == (pytest.approx(seconds, abs=0.01), True)
+    assert gpu.builds == 1
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -282,6 +346,16 @@ def test_another_graph_version_or_gpu_is_another_engine(
     assert open_once(recipe, tmp_path) is False
     standin.install(monkeypatch, "11.1.0", standin.Gpu(capability=(8, 9)))
     assert open_once(recipe, tmp_path) is False
+    older = standin.Gpu()
+    older.cuda = 12_040
+    standin.install(monkeypatch, "11.1.0", older)
+    assert open_once(recipe, tmp_path) is False
+    assert {path.name for path in tmp_path.glob("timing-11.1.0-cuda12-*")} == {
+        "timing-11.1.0-cuda12-Stand-in-GPU.cache"
+    }
+    monkeypatch.setattr(engine_cache, "FORMAT", engine_cache.FORMAT + 1)
+    assert open_once(recipe, tmp_path) is False
+    monkeypatch.setattr(engine_cache, "FORMAT", engine_cache.FORMAT - 1)
     changed = tmp_path / recipe.onnx.name
     changed.write_bytes(recipe.onnx.read_bytes() + b"\x12\x00")  # an empty producer name
     assert open_once(replace(recipe, onnx=changed), tmp_path) is False
@@ -294,11 +368,11 @@ def test_external_weights_are_part_of_the_key(recipe: Recipe, tmp_path: Path):
     onnx.save(
         onnx.load(recipe.onnx), path, save_as_external_data=True, location="w", size_threshold=0
     )
-    before = trt_engine.hash_graph(path)
+    before = engine_cache.hash_graph(path)
     content = bytearray((tmp_path / "w").read_bytes())
     content[0] ^= 1
     (tmp_path / "w").write_bytes(content)
-    assert trt_engine.hash_graph(path) != before
+    assert engine_cache.hash_graph(path) != before
 
 
 def test_damaged_or_foreign_engines_are_rebuilt_and_never_run(
@@ -324,10 +398,11 @@ def test_engine_that_does_not_load_is_rebuilt_once(
     assert open_once(recipe, tmp_path) is False
     (plan,) = tmp_path.glob("*.plan")
     identity = json.loads(plan.with_suffix(".json").read_text())["identity"]
-    trt_engine.write_engine(plan, b"accepted by the card, refused by TensorRT", identity, 1.0)
+    engine_cache.write_engine(plan, b"accepted by the card, refused by TensorRT", identity, 1.0)
     assert open_once(recipe, tmp_path) is False
     assert open_once(recipe, tmp_path) is True
     assert gpu.builds == 2
+    assert trt_engine.take_errors() == ""
 
 
 def test_engine_folder_that_cannot_be_written_costs_only_the_next_build(
@@ -437,7 +512,8 @@ def test_runner_on_a_gpu_shares_it_with_pytorch(monkeypatch: pytest.MonkeyPatch,
             with torch.cuda.stream(stream):  # device to device, timed by PyTorch's events
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
-                runner.copy_from_device(on_device[3 - i].data_ptr())
+                source = on_device[3 - i]
+                runner.copy_from_device(source.data_ptr(), source.nbytes)
                 runner.execute()
                 end.record()
                 seen = logits.clone()

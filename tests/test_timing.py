@@ -162,6 +162,32 @@ def test_garbage_collector_is_off_while_timing_and_back_afterwards():
     assert gc.isenabled()
 
 
+def test_gpu_events_are_made_before_the_clock_starts(monkeypatch: pytest.MonkeyPatch):
+    log: list[str] = []
+
+    class Event:
+        """Counts as made by its first record."""
+
+        def __init__(self, enable_timing: bool) -> None:
+            self.made = False
+
+        def record(self) -> None:
+            log.append("again" if self.made else "made")
+            self.made = True
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 1.0
+
+    def call(_: object) -> torch.Tensor:
+        log.append("call")
+        return torch.zeros(1)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    block = timing.time_block(call, [None], 2, device="cuda")
+    assert log == ["made"] * 4 + ["again", "call", "again"] * 2
+    assert block.latencies_ms.tolist() == [1.0, 1.0]
+
+
 def test_warm_up_ends_when_two_blocks_agree_and_not_before():
     costs = iter([90.0, 50.0, 30.0, 20.0, 19.5, 19.4])
     asked: list[float] = []

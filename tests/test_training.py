@@ -115,6 +115,18 @@ class FakeGraph:
     def replay(self) -> None: ...
 
 
+def fake_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs that record nothing: a replay returns what the recording returned."""
+    for name, fake in {
+        "Stream": FakeStream,
+        "current_stream": FakeStream,
+        "CUDAGraph": FakeGraph,
+        "stream": contextlib.nullcontext,
+        "graph": lambda graph, stream: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+
 def test_a_captured_step_keeps_the_memory_that_its_graph_reads(monkeypatch):
     class Images:
         """Stands for a tensor that only the step refers to."""
@@ -125,14 +137,7 @@ def test_a_captured_step_keeps_the_memory_that_its_graph_reads(monkeypatch):
     def step(batch: torch.Tensor, images: Images = images) -> torch.Tensor:
         return torch.ones(())
 
-    for name, fake in {
-        "Stream": FakeStream,
-        "current_stream": FakeStream,
-        "CUDAGraph": FakeGraph,
-        "stream": contextlib.nullcontext,
-        "graph": lambda graph, stream: contextlib.nullcontext(),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    fake_cuda_graphs(monkeypatch)
     replay = capture(step, torch.arange(4))
     del step, images
     gc.collect()
@@ -170,6 +175,22 @@ def make_linear_step(images: torch.Tensor, weight: torch.Tensor, rate: torch.Ten
         return loss.detach()
 
     return step
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@torch.no_grad()
+def test_a_captured_module_may_go_and_takes_images_from_the_host():
+    module = torch.nn.Linear(512, 512).cuda()
+    x = torch.rand(4, 8, 512)
+    expected = module(x.cuda()).cpu()
+    replay = capture(module, x[0].cuda())
+    del module
+    gc.collect()
+    filled = [torch.full((512, 512), 7.0, device="cuda") for _ in range(20)]
+    for images, logits in zip(x, expected, strict=True):
+        for given in (images.cuda(), images.pin_memory()):
+            torch.testing.assert_close(replay(given).cpu(), logits, rtol=1e-4, atol=1e-4)
+    assert all(bool((t == 7).all()) for t in filled)
 
 
 def test_warmup_never_exceeds_the_peak():

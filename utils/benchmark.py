@@ -26,6 +26,7 @@ from utils.isolation import Worker, peak_memory_mb, recorded, reset_peak_memory
 from utils.models import LoadedModel, load_model
 
 MEMORY_BATCHES = 3
+INPUT_BATCHES = 4  # timed inputs take turns, so that no call finds its images in the cache
 TRANSFER_COLUMNS = {  # column: which of LATENCY_COLUMNS it is, with host-device transfers
     "transfers_latency_ms_median": "latency_ms_median",
     "transfers_latency_ms_p90": "latency_ms_p90",
@@ -33,7 +34,7 @@ TRANSFER_COLUMNS = {  # column: which of LATENCY_COLUMNS it is, with host-device
     "transfers_images_per_s": "images_per_s",
     "transfers_speedup": "speedup",
 }
-GRAPH_COLUMNS = {  # the same over a second baseline, PyTorch's CUDA graph
+GRAPH_COLUMNS = {  # the same over a second baseline, the column `graph_baseline`
     "speedup_over_graph": "speedup",
     "speedup_over_graph_p10": "speedup_p10",
     "speedup_over_graph_p90": "speedup_p90",
@@ -54,6 +55,7 @@ class Job:
     seed: int
     folder: str  # for exported files, shared by the candidates of a run
     load: Callable[[str, bool], LoadedModel] = load_model  # from `model` and `untrained`
+    needs_module: bool = True  # on the device; a candidate that reads a file does not
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Variant:
     size_bytes: int
     quantized_shapes: list[Shape]  # of the weight matrices that are held in 8 bits
     extra_build_seconds: float = 0.0  # spent earlier in the run, on a file that candidates share
+    uploads: bool = False  # `call` also takes images in pinned host memory
     host_call: Callable[[Tensor], Any] | None = None  # instead of `round_trip`, if it has its own
     columns: Mapping[str, Any] = field(default_factory=dict)  # further columns of its row
 
@@ -94,11 +97,12 @@ def open_candidate(job: Job) -> dict[str, Any]:
 
 
 def prepare_process(job: Job) -> None:
-    """Set this worker's global state: no gradients, threads, TF32 off, seeds."""
+    """Set this worker's global state: no gradients, threads, TF32 off, cuDNN tuned, seeds."""
     warnings.simplefilter("ignore")  # deprecations of the routes compared
     torch.set_grad_enabled(False)
     torch.set_num_threads(job.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # as ONNX Runtime and TensorRT, it tries its kernels
     cli.seed_everything(job.seed)
 
 
@@ -106,7 +110,7 @@ def build_variant(model: LoadedModel, job: Job) -> tuple[Variant, float]:
     """Build the candidate and call it once; return it and the seconds that took."""
     size = model.preprocessing.input_size
     example = torch.rand(job.batch_size, 3, size, size, device=job.device)
-    module = model.module.to(job.device)
+    module = model.module.to(job.device) if job.needs_module else model.module
     start = time.perf_counter()
     variant = job.build(module, example, job)
     variant.call(example)
@@ -134,47 +138,30 @@ def load_host_inputs() -> None:
     """Copy the batches to pinned host memory, for timing with transfers."""
     variant, inputs = _served["variant"], _served["inputs"]
     _served["host_inputs"] = [batch.cpu().pin_memory() for batch in inputs]
-    _served["host_call"] = variant.host_call or round_trip(variant.call, inputs[0])
+    _served["host_call"] = variant.host_call or round_trip(variant, inputs[0])
 
 
-def round_trip(call: Callable[[Tensor], Any], example: Tensor) -> Callable[[Tensor], Tensor]:
+def round_trip(variant: Variant, example: Tensor) -> Callable[[Tensor], Tensor]:
     """Images and logits in pinned host memory; both copies on the stream of the call."""
     images = torch.empty_like(example)
-    logits = torch.empty(call(example).shape, pin_memory=True)
+    logits = torch.empty(variant.call(example).shape, pin_memory=True)
 
     def host_call(x: Tensor) -> Tensor:
-        images.copy_(x, non_blocking=True)
-        return logits.copy_(call(images), non_blocking=True)
+        output = variant.call(x if variant.uploads else images.copy_(x, non_blocking=True))
+        return logits.copy_(output, non_blocking=True)
 
     return host_call
 
 
 def time_calls(calls: int) -> timing.Block:
-    """Time calls of the candidate; images and logits stay on the device."""
+    """Time calls of the candidate; images and logits stay on the device.
+
+    A CUDA graph and TensorRT begin with a copy of the images, on the device, into the buffer that
+    they read; eager PyTorch and ONNX Runtime read them where they are.
+    """
     return timing.time_block(
         _served["variant"].call, _served["inputs"], calls, _served["job"].device
     )
-
-
-def capture(call: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
-    """Record the calls as one CUDA graph; images are copied into its buffer on the device."""
-    images = example.clone()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # libraries choose kernels and workspaces outside the graph
-            call(images)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = call(images)
-
-    def replay(x: Tensor) -> Tensor:
-        images.copy_(x)
-        graph.replay()
-        return logits
-
-    return replay
 
 
 def time_host_calls(calls: int) -> timing.Block:
@@ -211,7 +198,7 @@ def measure_block(
     block_seconds: float,
     max_slowdown: float,
     check: Check | None = None,
-    second_baseline: str | None = None,
+    second_baselines: Mapping[str, str] | None = None,
     transfers: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
     """Build all candidates for one batch size and thread count, then time them in rounds.
@@ -227,7 +214,7 @@ def measure_block(
             logits are not taken.
         check: called with each candidate's row and its `predict_logits` before it is timed; it
             adds columns to the row, or raises to keep the candidate out of the timing.
-        second_baseline: a candidate; the speedup over it goes into GRAPH_COLUMNS.
+        second_baselines: for each candidate another; the speedup over that goes into GRAPH_COLUMNS.
         transfers: time the candidates once more with host-device transfers, TRANSFER_COLUMNS.
 
     Returns:
@@ -236,75 +223,105 @@ def measure_block(
     Raises:
         UserError, RuntimeError: the baseline did not run.
     """
-    baseline = jobs[0].candidate
+    baseline, batch_size = jobs[0].candidate, jobs[0].batch_size
     load_before = os.getloadavg()[0]
     rows: dict[str, dict[str, Any]] = {}
     logits: dict[str, Tensor] = {}
-    running: dict[str, timing.TimeBlock] = {}
-    hosts: dict[str, timing.TimeBlock] = {}  # the same candidates with transfers
-    latency_ms: dict[str, float] = {}
+    latency_ms: dict[str, float] = {}  # of those that can be timed
     with contextlib.ExitStack() as stack:
-        workers = [stack.enter_context(Worker()) for _ in jobs]
-        for worker in workers:  # they start side by side; no build begins before all are idle
+        workers = {job.candidate: stack.enter_context(Worker()) for job in jobs}
+        for worker in workers.values():  # they start side by side; none builds before all are idle
             worker.run(os.getpid)
-        for job, worker in zip(jobs, workers, strict=True):
-            name, time_block = job.candidate, partial(worker.run, time_calls)
+        for job in jobs:
+            name, worker = job.candidate, workers[job.candidate]
             row = rows[name] = {"candidate": name, "status": "ok"}
             with recorded(row):
                 row |= worker.run(open_candidate, job)
                 if check is not None:
                     check(row, partial(worker.run, predict_logits))
                 worker.run(load_inputs, speed_images.numpy())
-                if transfers:
-                    worker.run(load_host_inputs)
-                latency_ms[name] = timing.warm_up(time_block)
-                slowdown = latency_ms[name] / latency_ms[baseline]
+                latency = timing.warm_up(partial(worker.run, time_calls))
+                slowdown = latency / latency_ms.get(baseline, latency)
                 if accuracy_images is not None and slowdown > max_slowdown:
-                    row["reason"] = f"not scored: {slowdown:.0f} times slower than {baseline}"
+                    add_reason(row, f"not scored: {slowdown:.0f} times slower than {baseline}")
                 elif accuracy_images is not None:
                     output = worker.run(predict_logits, accuracy_images.numpy())
                     logits[name] = torch.from_numpy(output)
-                running[name] = time_block
-                hosts[name] = partial(worker.run, time_host_calls)
+                latency_ms[name] = latency
             print(f"  {name:20}{describe(row)}", flush=True)
-            check_baseline(rows[baseline], job.batch_size)
-            if name not in running:
+            check_baseline(rows[baseline], batch_size)
+            if name not in latency_ms:
                 worker.stop()  # what it holds is memory that the others need
         calls = {
             name: min(
                 timing.calls_per_block(latency_ms[baseline], block_seconds),
-                timing.calls_per_block(latency_ms[name], 2 * block_seconds),
+                timing.calls_per_block(latency, 2 * block_seconds),
             )
-            for name in running
+            for name, latency in latency_ms.items()
         }
-        measure = partial(
-            timing.measure_rounds,
-            rounds=rounds,
-            calls=calls,
-            seed=jobs[0].seed,
-            guard=lambda name: recorded(rows[name]),
-        )
-        blocks = measure(running)
-        check_baseline(rows[baseline], jobs[0].batch_size)
-        host_blocks = measure({name: hosts[name] for name in blocks}) if transfers else {}
-        check_baseline(rows[baseline], jobs[0].batch_size)
-    load = {"load_average_before": load_before, "load_average_after": os.getloadavg()[0]}
-    for name, latency in timing.summarise(blocks, baseline, jobs[0].batch_size).items():
-        rows[name] |= latency | load
-    for name, latency in summarise_if(host_blocks, baseline, jobs[0].batch_size).items():
-        rows[name] |= {column: latency[source] for column, source in TRANSFER_COLUMNS.items()}
-    for name, latency in summarise_if(blocks, second_baseline, jobs[0].batch_size).items():
-        rows[name] |= {column: latency[source] for column, source in GRAPH_COLUMNS.items()}
+        measure = partial(timing.measure_rounds, rounds=rounds, calls=calls, seed=jobs[0].seed)
+        turns = {name: partial(workers[name].run, time_calls) for name in calls}
+        blocks = measure(turns, guard=lambda name: recorded(rows[name]))
+        check_baseline(rows[baseline], batch_size)
+        load = {"load_average_before": load_before, "load_average_after": os.getloadavg()[0]}
+        for name, latency_row in timing.summarise(blocks, baseline, batch_size).items():
+            rows[name] |= latency_row | load
+        add_graph_speedups(rows, blocks, second_baselines or {}, batch_size)
+        if transfers:
+            timed = {name: workers[name] for name in blocks}
+            add_transfers(rows, timed, measure, baseline, batch_size)
     return rows, {name: output for name, output in logits.items() if rows[name]["status"] == "ok"}
 
 
-def summarise_if(
-    blocks: Mapping[str, Sequence[timing.Block]], baseline: str | None, batch_size: int
-) -> dict[str, dict[str, float | None]]:
-    """`timing.summarise`, or nothing if the baseline has no blocks."""
-    if baseline is None or baseline not in blocks:
-        return {}
-    return timing.summarise(blocks, baseline, batch_size)
+def add_graph_speedups(
+    rows: dict[str, dict[str, Any]],
+    blocks: Mapping[str, Sequence[timing.Block]],
+    second_baselines: Mapping[str, str],
+    batch_size: int,
+) -> None:
+    """Fill GRAPH_COLUMNS; a second baseline that was not timed leaves them empty, with a note."""
+    for second in dict.fromkeys(second_baselines.values()):
+        served = [name for name in blocks if second_baselines.get(name) == second]
+        if second not in blocks:
+            if served:
+                reason = rows.get(second, {}).get("reason", "it was not chosen")
+                print(f"note: there is no speedup over {second}: {reason}")
+            continue
+        chosen = {name: blocks[name] for name in (second, *served)}
+        summary = timing.summarise(chosen, second, batch_size)
+        for name in served:
+            rows[name]["graph_baseline"] = second
+            rows[name] |= {column: summary[name][like] for column, like in GRAPH_COLUMNS.items()}
+
+
+def add_transfers(
+    rows: dict[str, dict[str, Any]],
+    workers: Mapping[str, Worker],
+    measure: Callable[..., dict[str, list[timing.Block]]],
+    baseline: str,
+    batch_size: int,
+) -> None:
+    """Time the candidates once more, with transfers; who fails only here keeps what it has."""
+    outcomes: dict[str, dict[str, Any]] = {name: {} for name in workers}
+    turns: dict[str, timing.TimeBlock] = {}
+    for name, worker in workers.items():
+        with recorded(outcomes[name]):
+            worker.run(load_host_inputs)
+            turns[name] = partial(worker.run, time_host_calls)
+    blocks = measure(turns, guard=lambda name: recorded(outcomes[name]))
+    for name, outcome in outcomes.items():
+        if outcome:
+            add_reason(rows[name], f"transfers not measured: {outcome['reason']}")
+    if baseline not in blocks:
+        print(f"note: there are no times with transfers: {outcomes[baseline]['reason']}")
+        return
+    for name, latency_row in timing.summarise(blocks, baseline, batch_size).items():
+        rows[name] |= {column: latency_row[like] for column, like in TRANSFER_COLUMNS.items()}
+
+
+def add_reason(row: dict[str, Any], text: str) -> None:
+    """Say something more of a candidate that ran."""
+    row["reason"] = "; ".join(filter(None, [row.get("reason"), text]))
 
 
 def check_baseline(row: dict[str, Any], batch_size: int) -> None:
@@ -323,6 +340,25 @@ def describe(row: dict[str, Any]) -> str:
     return f"built in {row['build_seconds']:.1f} s {row.get('reason', '')}"
 
 
+def load_image_sets(
+    load: Callable[..., data.ImageSet], dataset: str, num_images: int | None, batch: int, seed: int
+) -> tuple[data.ImageSet, data.ImageSet]:
+    """The images for accuracy, and INPUT_BATCHES batches for speed (fewer if few images).
+
+    Args:
+        load: `data.load_images` of that data set.
+        batch: the largest of the run, which every smaller one is cut from.
+    """
+    accuracy = load(split=data.ACCURACY_SPLIT[dataset], num_images=num_images, seed=seed)
+    speed = load(split=data.SPEED_SPLIT[dataset])
+    if batch > len(speed):
+        raise cli.UserError(
+            f"--batch-sizes {batch}: {dataset} {speed.split} has {len(speed)} images"
+        )
+    batches = min(INPUT_BATCHES, len(speed) // batch)
+    return accuracy, data.take_subset(speed, batches * batch, seed)
+
+
 def add_memory(rows: Sequence[dict[str, Any]], jobs: Sequence[Job], images: Tensor) -> None:
     """Measure each candidate's memory in a fresh process, after all timing is done."""
     for row, job in zip(tqdm(rows, desc="memory", disable=None, leave=False), jobs, strict=True):
@@ -332,5 +368,6 @@ def add_memory(rows: Sequence[dict[str, Any]], jobs: Sequence[Job], images: Tens
         with recorded(outcome), Worker() as worker, tempfile.TemporaryDirectory() as folder:
             outcome |= worker.run(measure_memory, replace(job, folder=folder), images.numpy())
         if "status" in outcome:  # a measured candidate stays measured
-            outcome = {"reason": f"memory not measured: {outcome['reason']}"}
-        row |= outcome
+            add_reason(row, f"memory not measured: {outcome['reason']}")
+        else:
+            row |= outcome

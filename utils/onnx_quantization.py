@@ -7,6 +7,7 @@ NumPy, onnx and ONNX Runtime serve; NVIDIA's ModelOpt is not needed.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,9 @@ from utils.onnx_tools import save_onnx
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # of the 8-bit type; fp8 is e4m3
 PARTS = ("linear", "attention", "residual")
 FEWEST_CHANNELS = 16  # a narrower product does not fill an 8-bit matrix instruction
+MOST_FP8_TAPS = 32  # TensorRT has fp8 convolutions only for smaller kernels, and more channels
 CLIPPING = np.linspace(0.3, 1.0, 36)  # of the largest magnitude seen: candidates for an int8 range
-SAMPLED = 50_000  # values of a tensor kept from each calibration batch
+SAMPLED = 50_000  # random values of a tensor kept from each calibration batch
 SMALLEST_SCALE = 2.0**-20  # float16 still holds it, to 6 %: a channel of zeros needs some scale
 
 
@@ -41,17 +43,18 @@ class Site:
 # --- where the pairs go ---------------------------------------------------------------------------
 
 
-def find_sites(model: Any, parts: Sequence[str]) -> list[Site]:
+def find_sites(model: Any, parts: Sequence[str], kind: str) -> list[Site]:
     """The inputs to quantise, in the graph's order.
 
     `linear`: convolutions and products with a constant, both inputs, but for the narrow ones and
     for the last, which makes the logits. `attention`: products of two activations. `residual`:
-    sums of two activations.
+    the skip branch of sums of two activations.
     """
     shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    makers = {output: node for node in model.graph.node for output in node.output}
     floats = _float_tensors(model)
     linear = [node for node in model.graph.node if _weight_axis(node, shapes) is not None][:-1]
-    names = {node.name for node in linear if _is_wide(node, shapes)}
+    names = {node.name for node in linear if _is_wide(node, shapes, kind)}
     sites = []
     for node in model.graph.node:
         first, second = (*node.input, "", "")[:2]
@@ -59,12 +62,23 @@ def find_sites(model: Any, parts: Sequence[str]) -> list[Site]:
         both_computed = {first, second} <= floats and first not in shapes and second not in shapes
         if "linear" in parts and axis is not None:
             sites += [Site(node.name, 0, first, None), Site(node.name, 1, second, axis)]
-        elif both_computed and (
-            ("attention" in parts and node.op_type == "MatMul")
-            or ("residual" in parts and node.op_type == "Add")
-        ):
-            sites += [Site(node.name, i, tensor, None) for i, tensor in enumerate(node.input)]
+        elif "attention" in parts and both_computed and node.op_type == "MatMul":
+            sites += [Site(node.name, 0, first, None), Site(node.name, 1, second, None)]
+        elif "residual" in parts and both_computed and node.op_type == "Add":
+            weighted = [_is_weighted(makers.get(name), makers, shapes) for name in node.input]
+            skip = 1 if weighted == [True, False] else 0
+            sites.append(Site(node.name, skip, node.input[skip], None))
     return sites
+
+
+def _is_weighted(node: Any, makers: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether a node is a product with a weight, its bias included: a sum is fused into that."""
+    if node is None or _weight_axis(node, shapes) is not None:
+        return node is not None
+    if node.op_type != "Add" or not any(name in shapes for name in node.input):
+        return False
+    inner = (makers.get(name) for name in node.input)
+    return any(n is not None and _weight_axis(n, shapes) is not None for n in inner)
 
 
 def _float_tensors(model: Any) -> set[str]:
@@ -88,9 +102,12 @@ def _weight_axis(node: Any, shapes: dict[str, tuple[int, ...]]) -> int | None:
     return 1 if node.op_type == "MatMul" and len(shapes[node.input[1]]) == 2 else None
 
 
-def _is_wide(node: Any, shapes: dict[str, tuple[int, ...]]) -> bool:
+def _is_wide(node: Any, shapes: dict[str, tuple[int, ...]], kind: str) -> bool:
     """Whether the weight has enough input and output channels (a grouped convolution has not)."""
-    return min(shapes[node.input[1]][:2]) >= FEWEST_CHANNELS
+    channels, taps = shapes[node.input[1]][:2], math.prod(shapes[node.input[1]][2:])
+    if kind == "fp8" and node.op_type == "Conv":
+        return min(channels) > FEWEST_CHANNELS and taps <= MOST_FP8_TAPS
+    return min(channels) >= FEWEST_CHANNELS
 
 
 # --- how wide their ranges are --------------------------------------------------------------------
@@ -110,6 +127,7 @@ def calibrate(
         clip: choose the range with the least squared error of int8 rounding and clipping; else
             the range is the largest magnitude.
     """
+    generator = np.random.default_rng(0)
     largest = dict.fromkeys(tensors, 0.0)
     samples: dict[str, list[np.ndarray]] = {name: [] for name in tensors}
     with _watching(path, tensors, threads) as run:
@@ -117,12 +135,19 @@ def calibrate(
             for name, values in run(images[start : start + batch_size]).items():
                 magnitudes = np.abs(values.astype(np.float32)).ravel()
                 largest[name] = float(np.maximum(largest[name], magnitudes.max()))  # keeps a NaN
-                samples[name].append(magnitudes[:: max(1, len(magnitudes) // SAMPLED)])
+                samples[name].append(_sample(magnitudes, generator))
     if not all(np.isfinite(value) for value in largest.values()):
         raise FloatingPointError(f"{path.name}: an activation holds NaN or infinity")
     if not clip:
         return largest
     return {name: _best_range(np.concatenate(samples[name]), largest[name]) for name in tensors}
+
+
+def _sample(values: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """SAMPLED of them, or all. At random: every n-th value may always be of the same channels."""
+    if len(values) <= SAMPLED:
+        return values
+    return values[generator.integers(len(values), size=SAMPLED)]
 
 
 @contextlib.contextmanager
@@ -183,9 +208,9 @@ def quantize_graph(
     import onnx
 
     model = onnx.load(source)
-    sites = find_sites(model, parts)
+    sites = find_sites(model, parts, kind)
     for part in parts:
-        if not find_sites(model, [part]):
+        if not find_sites(model, [part], kind):
             raise NothingToQuantizeError(
                 f"this network has no {part} operators that {kind} could serve"
             )

@@ -27,7 +27,7 @@ def export_onnx(module: nn.Module, example: Tensor, folder: Path) -> tuple[Path,
 
 
 class HalfPrecision(nn.Module):
-    """A float16 copy of a module that takes float32 images and gives float32 logits."""
+    """A module, which it halves in place, that takes float32 images and gives float32 logits."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()

@@ -174,7 +174,7 @@ def _check_setting(study: optuna.Study, setting: dict[str, Any]) -> None:
         if setting.get(key) != value:
             raise UserError(
                 f"study {study.study_name!r} was made with {key} {value}, not {setting.get(key)}: "
-                "use that, another name, or start it afresh"
+                "use that, another --study-name, or --fresh"
             )
 
 

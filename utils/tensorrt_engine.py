@@ -1,29 +1,36 @@
-"""Build, cache and run a TensorRT engine: an ONNX file in, logits out; pycuda, no PyTorch.
+"""Build, keep and run a TensorRT engine: an ONNX file in, logits out; pycuda, no PyTorch.
 
     recipe = Recipe(Path("model-fp16.onnx"), "fp16", batch_sizes=(1, 8))
     with open_runner(recipe, Path("engines"), batch_size=8) as runner:
         logits = runner.infer(images)  # float32 [8, 3, S, S] -> [8, C], host to host
 
 Networks are strongly typed, so the ONNX graph alone decides each tensor's precision, and the same
-code serves TensorRT 10.12 and later, and 11. An engine has one optimisation profile for each batch
-size. A plan is code: open only folders of engines that you trust.
+code serves TensorRT from 10.13 on, 11 included. An engine has one optimisation profile for each
+batch size. A plan is code: open only folders of engines that you trust.
 """
 
 import contextlib
 import functools
-import hashlib
 import importlib
-import json
-import os
 import sys
 import time
 import types
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from utils.engine_cache import (
+    Recipe,
+    identify,
+    plan_path,
+    read_engine,
+    replace_file,
+    timing_cache_path,
+    write_engine,
+)
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -37,15 +44,8 @@ class EngineError(RuntimeError):
     """TensorRT refused; the text is its own messages."""
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything chosen about an engine; with the machine it decides which plan fits."""
-
-    onnx: Path  # one float32 input [B, ...], one float32 output [B, C]
-    precision: str  # that of the graph; `tf32` allows TF32 products in a float32 graph
-    batch_sizes: tuple[int, ...]  # one optimisation profile each
-    workspace_bytes: int = 4 << 30  # scratch memory that a layer may use at most
-    optimization_level: int = 3  # 0 to 5: TensorRT's own default
+class UnsupportedError(EngineError):
+    """This TensorRT has no importer or no kernel for one of the graph's operators."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +58,25 @@ class Opened:
     cached: bool
 
 
+def make_engine(recipe: Recipe, folder: Path) -> tuple[float, bool]:
+    """Have the engine in `folder`; the seconds its build took, and whether it was there before.
+
+    In a process of its own this gives the build the GPU's memory, which `open_runner` would share
+    with whatever else the process holds.
+    """
+    require_libraries()
+    with primary_context() as device:
+        opened = open_engine(recipe, folder, describe_gpu(device))
+        found = opened.build_seconds, opened.cached
+        del opened  # before its context
+    return found
+
+
 @contextlib.contextmanager
 def open_runner(
     recipe: Recipe, folder: Path, batch_size: int, cuda_graph: bool = True
 ) -> Iterator["Runner"]:
-    """Build the engine or take it from `folder`, and hold all it needs until the end."""
+    """Take the engine from `folder`, or build it, and hold all it needs until the end."""
     require_libraries()
     with primary_context() as device:
         opened = open_engine(recipe, folder, describe_gpu(device))
@@ -104,9 +118,16 @@ def primary_context(ordinal: int = 0) -> Iterator[Any]:
 
 
 def describe_gpu(device: Any) -> dict[str, str]:
-    """What of a GPU an engine depends on."""
+    """What of a GPU and its driver an engine depends on."""
+    import pycuda.driver as cuda
+
     major, minor = device.compute_capability()
-    return {"gpu": device.name(), "compute_capability": f"{major}.{minor}"}
+    cuda_major = cuda.get_driver_version() // 1000
+    return {
+        "gpu": device.name(),
+        "compute_capability": f"{major}.{minor}",
+        "cuda": f"{cuda_major}",
+    }
 
 
 @functools.cache
@@ -126,15 +147,32 @@ def shared_logger() -> Any:
     return Logger()
 
 
-def refusal(what: str) -> Exception:
-    """The exception that carries what TensorRT's logger collected, which it clears."""
+def take_errors() -> str:
+    """What the logger collected, which it then forgets: errors that TensorRT overcame, too."""
     errors = shared_logger().errors
-    text = "; ".join([what, *errors])
+    text = "; ".join(errors)
     errors.clear()
-    return MemoryError(text) if "out of memory" in text.lower() else EngineError(text)
+    return text
 
 
-# --- the cache of engines -------------------------------------------------------------------------
+def refusal(what: str) -> Exception:
+    """The exception that carries what the logger collected."""
+    text = "; ".join(filter(None, [what, take_errors()]))
+    if "outofmemory" in text.lower().replace(" ", ""):  # TensorRT writes it in one, CUDA in three
+        return MemoryError(text)
+    if "could not find any implementation" in text.lower():
+        return UnsupportedError(text)
+    return EngineError(text)
+
+
+def create(kind: Callable[[Any], Any]) -> Any:
+    """A `trt.Builder` or `trt.Runtime` with the process's logger."""
+    try:
+        return kind(shared_logger())
+    except TypeError as error:  # all that the binding says when CUDA does not start
+        raise MissingError(
+            "TensorRT cannot use this GPU: the driver may be older than its CUDA version"
+        ) from error
 
 
 def open_engine(recipe: Recipe, folder: Path, gpu: dict[str, str]) -> Opened:
@@ -146,83 +184,21 @@ def open_engine(recipe: Recipe, folder: Path, gpu: dict[str, str]) -> Opened:
     import tensorrt as trt
 
     identity = identify(recipe, gpu, trt.__version__)
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    path = folder / f"{recipe.onnx.stem}-{recipe.precision}-{key}.plan"
-    runtime = trt.Runtime(shared_logger())
-    found = read_engine(path, identity)
-    engine = runtime.deserialize_cuda_engine(found[0]) if found else None
-    if found and engine is not None:
-        return Opened(engine, len(found[0]), found[1], cached=True)
+    path = plan_path(folder, recipe, identity)
+    runtime = create(trt.Runtime)
+    if found := read_engine(path, identity):
+        engine = runtime.deserialize_cuda_engine(found[0])
+        if engine is not None:
+            return Opened(engine, len(found[0]), found[1], cached=True)
+        take_errors()  # they say why it does not load, and it is built anew
     start = time.perf_counter()
-    gpu_name = "".join(c if c.isalnum() else "-" for c in gpu["gpu"])
-    plan = build_plan(recipe, folder / f"timing-{trt.__version__}-{gpu_name}.cache")
+    plan = build_plan(recipe, timing_cache_path(folder, identity))
     seconds = time.perf_counter() - start
     write_engine(path, plan, identity, seconds)
     engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise refusal(f"TensorRT cannot load the engine it built from {recipe.onnx.name}")
     return Opened(engine, len(plan), seconds, cached=False)
-
-
-def identify(recipe: Recipe, gpu: dict[str, str], version: str) -> dict[str, Any]:
-    """All that decides whether a plan fits: it is in the plan's name and on its card."""
-    choices = asdict(recipe) | {"onnx": hash_graph(recipe.onnx)}
-    choices["batch_sizes"] = list(recipe.batch_sizes)
-    return choices | gpu | {"tensorrt": version}
-
-
-def hash_graph(path: Path) -> str:
-    """SHA-256 of an ONNX file and of the weights that it keeps in other files."""
-    import onnx
-
-    digest = hashlib.sha256(path.read_bytes())
-    try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except Exception as error:  # protobuf's own, of several versions
-        raise EngineError(f"{path} is no ONNX file, or not a whole one: {error}") from error
-    entries = (entry for tensor in graph.initializer for entry in tensor.external_data)
-    for name in sorted({entry.value for entry in entries if entry.key == "location"}):
-        with (path.parent / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def read_engine(path: Path, identity: dict[str, Any]) -> tuple[bytes, float] | None:
-    """The plan and its build seconds, if its card fits and its bytes are those saved with it."""
-    try:
-        card = json.loads(path.with_suffix(".json").read_text())
-        plan = path.read_bytes()
-        fits = card["identity"] == identity
-        whole = card["sha256"] == hashlib.sha256(plan).hexdigest()
-        return (plan, float(card["build_seconds"])) if fits and whole else None
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-
-
-def write_engine(path: Path, plan: bytes, identity: dict[str, Any], seconds: float) -> None:
-    """Save a plan and its card; a folder that cannot be written to costs only the next build."""
-    card = {
-        "identity": identity,
-        "sha256": hashlib.sha256(plan).hexdigest(),
-        "build_seconds": round(seconds, 2),
-    }
-    try:
-        replace_file(path, plan)
-        replace_file(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
-    except OSError as error:
-        print(f"note: the engine is not kept ({error})")
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write to a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 # --- building -------------------------------------------------------------------------------------
@@ -232,25 +208,18 @@ def build_plan(recipe: Recipe, timing_cache: Path) -> bytes:
     """Parse the graph and build its engine; the timing cache makes the next build faster."""
     import tensorrt as trt
 
-    logger = shared_logger()
-    logger.errors.clear()
-    try:
-        builder = trt.Builder(logger)
-    except TypeError as error:  # all that the binding says when CUDA does not start
-        raise MissingError(
-            "TensorRT cannot use this GPU: the driver may be older than its CUDA version"
-        ) from error
+    builder = create(trt.Builder)
+    take_errors()
     network = builder.create_network(
         1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)  # version 11 knows nothing else
     )
     parse_onnx(network, recipe.onnx)
-    config = builder.create_builder_config()
-    configure(config, recipe)
-    add_profiles(builder, network, config, recipe.batch_sizes)
+    config = configure(builder, network, recipe)
     cache = attach_timing_cache(config, timing_cache)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise refusal(f"TensorRT cannot build {recipe.onnx.name}")
+    take_errors()  # of kernels that it tried and left out
     with contextlib.suppress(OSError):
         replace_file(timing_cache, bytes(cache.serialize()))
     return bytes(plan)
@@ -263,18 +232,26 @@ def parse_onnx(network: "trt.INetworkDefinition", path: Path) -> None:
     parser = trt.OnnxParser(network, shared_logger())
     if parser.parse_from_file(str(path)):
         return
-    errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
+    errors = [parser.get_error(i) for i in range(parser.num_errors)]
     for error in errors:
         print(f"{path.name}: {error}", file=sys.stderr)
-    shared_logger().errors.clear()
-    first = errors[0].strip() if errors else "no reason given"
-    raise EngineError(f"TensorRT cannot parse {path.name}, {len(errors)} errors: {first}")
+    take_errors()
+    first = str(errors[0]).strip() if errors else "no reason given"
+    unsupported = any(error.code().name.startswith("UNSUPPORTED") for error in errors)
+    kind = UnsupportedError if unsupported else EngineError
+    raise kind(f"TensorRT cannot parse {path.name}, {len(errors)} errors: {first}")
 
 
-def configure(config: "trt.IBuilderConfig", recipe: Recipe) -> None:
-    """Set what the graph does not decide."""
+def configure(
+    builder: "trt.Builder", network: "trt.INetworkDefinition", recipe: Recipe
+) -> "trt.IBuilderConfig":
+    """Set what the graph does not decide, and a profile for each batch size.
+
+    A profile of one batch size gives faster kernels than one wide range.
+    """
     import tensorrt as trt
 
+    config = builder.create_builder_config()
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, recipe.workspace_bytes)
     config.builder_optimization_level = recipe.optimization_level
     config.max_aux_streams = 0  # one stream: what the events enclose is all the work there is
@@ -282,25 +259,14 @@ def configure(config: "trt.IBuilderConfig", recipe: Recipe) -> None:
         config.set_flag(trt.BuilderFlag.TF32)
     else:
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and float32 would not be float32
-
-
-def add_profiles(
-    builder: "trt.Builder",
-    network: "trt.INetworkDefinition",
-    config: "trt.IBuilderConfig",
-    batch_sizes: Sequence[int],
-) -> None:
-    """One profile for each batch size, which gives faster kernels than one wide range."""
-    import tensorrt as trt
-
     images = network.get_input(0)
-    inner = tuple(images.shape)[1:]
-    for batch_size in batch_sizes:
-        shape = trt.Dims([batch_size, *inner])
+    for batch_size in recipe.batch_sizes:
+        shape = trt.Dims([batch_size, *tuple(images.shape)[1:]])
         profile = builder.create_optimization_profile()
         profile.set_shape(images.name, shape, shape, shape)
         if config.add_optimization_profile(profile) < 0:
             raise refusal(f"TensorRT refuses a profile for batch size {batch_size}")
+    return config
 
 
 def attach_timing_cache(config: "trt.IBuilderConfig", path: Path) -> "trt.ITimingCache":
@@ -339,7 +305,7 @@ class Runner:
             self._allocate()
             self.execute()  # the first run sets up what a capture cannot hold
             self._stream.synchronize()
-            self.uses_graph = cuda_graph and self._capture()
+            self.no_graph = self._capture() if cuda_graph else "it was not asked for"
         except cuda.MemoryError as error:
             self.close()
             raise MemoryError(f"not enough GPU memory for the engine: {error}") from error
@@ -387,26 +353,33 @@ class Runner:
                 raise refusal(f"TensorRT refuses the buffer of {name}")
         self.upload(self._host[self._names[0]])
 
-    def _capture(self) -> bool:
-        """Record one enqueue as a CUDA graph; False if the engine's work cannot be recorded."""
-        from cuda.bindings import driver
-
+    def _capture(self) -> str:
+        """Record one enqueue as a CUDA graph; returns why not, if that cannot be."""
+        try:
+            from cuda.bindings import driver
+        except ImportError as error:
+            return f"cuda-bindings is not usable: {error}"
         stream = driver.CUstream(self.stream_handle)
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         check_cuda(driver.cuStreamBeginCapture(stream, mode))
         enqueued = self._context.execute_async_v3(self.stream_handle)
-        error, graph = driver.cuStreamEndCapture(stream)  # also after a failure: it ends the mode
-        if not enqueued or int(error) != 0:
-            return False
+        status, graph = driver.cuStreamEndCapture(stream)  # also after a failure: it ends the mode
+        if not enqueued or int(status) != 0:
+            return take_errors() or f"CUDA: {status}"
         executable = check_cuda(driver.cuGraphInstantiate(graph, 0))
         self._cleanup.callback(driver.cuGraphExecDestroy, executable)
         check_cuda(driver.cuGraphDestroy(graph))
         self._launch = lambda: check_cuda(driver.cuGraphLaunch(executable, stream))
-        return True
+        return ""
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self.stream_handle):
             raise refusal("TensorRT cannot run the engine")
+
+    @property
+    def uses_graph(self) -> bool:
+        """Whether the engine is replayed as a CUDA graph; `no_graph` says why not."""
+        return not self.no_graph
 
     @property
     def stream_handle(self) -> int:
@@ -428,11 +401,12 @@ class Runner:
             raise ValueError("expected images that are contiguous in memory")
         self._cuda.memcpy_htod_async(self._device[self._names[0]], images, self._stream)
 
-    def copy_from_device(self, pointer: int) -> None:
-        """Copy images of `input_shape` from elsewhere on the device: contiguous float32."""
-        buffer = self._device[self._names[0]]
-        size = self._host[self._names[0]].nbytes
-        self._cuda.memcpy_dtod_async(buffer, pointer, size, self._stream)
+    def copy_from_device(self, pointer: int, size: int) -> None:
+        """Copy `size` bytes from elsewhere on the device: contiguous float32 `input_shape`."""
+        wanted = self._host[self._names[0]].nbytes
+        if size != wanted:
+            raise ValueError(f"{size} bytes of images: expected {wanted}, {self.input_shape}")
+        self._cuda.memcpy_dtod_async(self._device[self._names[0]], pointer, size, self._stream)
 
     def execute(self) -> None:
         """Run the engine on the images in its buffer: a graph launch, or an enqueue."""
@@ -456,7 +430,10 @@ class Runner:
 
     def close(self) -> None:
         """Finish the work and free everything, the context before the engine."""
-        self._stream.synchronize()
+        if self._stream is None:
+            return
+        with contextlib.suppress(self._cuda.Error):  # it would hide the error that closes this
+            self._stream.synchronize()
         self._cleanup.close()
         self._context = self.opened = self._launch = self._stream = None
 

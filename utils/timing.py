@@ -97,7 +97,9 @@ def _time_on_gpu(
     call: Callable[[Any], Any], inputs: Sequence[Any], calls: int, clock: Clock
 ) -> tuple[Block, Any]:
     def event() -> torch.cuda.Event:
-        return torch.cuda.Event(enable_timing=True)
+        made = torch.cuda.Event(enable_timing=True)
+        made.record()  # only then CUDA creates it, and not within the time
+        return made
 
     events = [(event(), event()) for _ in range(calls)]
     output = None

@@ -20,9 +20,14 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def prepare_backend(threads: int | None = None) -> None:
-    """Let cuDNN try its kernels; keep fp32 true, as accuracies are reported in it."""
-    torch.backends.cudnn.benchmark = True
+def prepare_backend(threads: int | None = None, benchmark: bool = True) -> None:
+    """Set up PyTorch for training; fp32 stays true fp32, as accuracies are reported in it.
+
+    Args:
+        threads: of the CPU; left as they are if None.
+        benchmark: let cuDNN try its kernels, which takes seconds for every new shape.
+    """
+    torch.backends.cudnn.benchmark = benchmark
     torch.backends.cudnn.allow_tf32 = False
     if threads is not None:
         torch.set_num_threads(threads)
@@ -39,9 +44,9 @@ def warmup_cosine(step: int, steps: int, warmup_steps: float, peak: float) -> fl
 def capture(step: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
     """Record a step as a CUDA graph: it replays at one launch instead of several hundred.
 
-    `step` takes the indices of a batch and returns a tensor. It runs three times on the `example`
-    batch before the recording, so the learning rate should still be zero. Batches must have its
-    length.
+    `step` takes a tensor like `example`, the indices of a batch or images, and returns a tensor,
+    which every replay overwrites. It runs three times before the recording, so the learning rate
+    of a training step should still be zero. A replay also takes its tensor from pinned host memory.
     """
     gc.collect()  # an old graph that ends later would free workspaces of this stream
     batch, side = example.clone(), _capture_stream(example.device)
@@ -68,7 +73,7 @@ def _replay(
     step: Callable[[Tensor], Tensor],  # kept, not called: the graph reads the memory it refers to
     chosen: Tensor,
 ) -> Tensor:
-    batch.copy_(chosen)
+    batch.copy_(chosen, non_blocking=True)
     graph.replay()
     return value
 

@@ -5,11 +5,10 @@ A trial's user attributes `hparams` (the configuration as trained), `parameters`
 intermediate values are the top-1 of held-out images in percent.
 """
 
-import contextlib
 import hashlib
 import json
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from utils import results
 from utils.cli import UserError, first_line
+from utils.figures import drawing
 
 Row = dict[str, Any]
 
@@ -256,21 +256,9 @@ def draw_study(
         draw_parameters(complete, top, folder / "top_parameters.png")
 
 
-@contextlib.contextmanager
-def _figure(path: Path, columns: int = 1) -> Iterator[Any]:
-    """Yield axes and save what was drawn on them."""
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-
-    figure = Figure(figsize=(max(7, 4 * columns), 4), layout="tight")
-    yield figure.subplots(1, columns, sharey=True)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
-
-
 def draw_optimization_history(trials: Sequence[Row], path: Path) -> None:
     """Every trial's last value, and the best complete one so far."""
-    with _figure(path) as axes:
+    with drawing(path) as axes:
         for state, colour in COLOURS.items():
             chosen = [r for r in trials if r["state"] == state and r["held_out_top1_percent"]]
             x, y = [r["trial"] for r in chosen], [r["held_out_top1_percent"] for r in chosen]
@@ -284,7 +272,7 @@ def draw_optimization_history(trials: Sequence[Row], path: Path) -> None:
 
 def draw_learning_curves(history: Sequence[Row], path: Path) -> None:
     """Held-out accuracy by epoch; trials that were pruned end early."""
-    with _figure(path) as axes:
+    with drawing(path) as axes:
         for _, curve in pd.DataFrame(history).groupby("trial"):
             colour = COLOURS.get(curve["state"].iloc[0], "grey")
             axes.plot(
@@ -298,7 +286,7 @@ def draw_learning_curves(history: Sequence[Row], path: Path) -> None:
 
 def draw_importances(importances: Sequence[Row], path: Path) -> None:
     """Importance of each hyperparameter, the largest on top."""
-    with _figure(path) as axes:
+    with drawing(path) as axes:
         shown = list(reversed(importances))
         axes.barh([r["hyperparameter"] for r in shown], [r["importance"] for r in shown])
         axes.set(xlabel=f"importance over {shown[0]['complete_trials']} complete trials")
@@ -306,7 +294,7 @@ def draw_importances(importances: Sequence[Row], path: Path) -> None:
 
 def draw_parameters(complete: Sequence[Row], names: Sequence[str], path: Path) -> None:
     """Value against each of the named hyperparameters."""
-    with _figure(path, columns=len(names)) as panels:
+    with drawing(path, columns=len(names)) as panels:
         for axes, name in zip([panels] if len(names) == 1 else panels, names, strict=True):
             x = [row[name] for row in complete]
             axes.scatter(x, [row["held_out_top1_percent"] for row in complete], s=14)
@@ -319,7 +307,7 @@ def draw_parameters(complete: Sequence[Row], names: Sequence[str], path: Path) -
 
 def draw_final(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Every final training's test accuracy, with each configuration's mean and 95 % interval."""
-    with _figure(folder / "final.png") as axes:
+    with drawing(folder / "final.png") as axes:
         for position, summary in enumerate(summarize([dict(row) for row in rows])):
             name = summary["configuration"]
             top1 = [row["top1_percent"] for row in rows if row["configuration"] == name]

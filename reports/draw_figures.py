@@ -1,0 +1,78 @@
+"""Draw the figures of the reports from the CSV files in reports/data.
+
+python -m reports.draw_figures
+"""
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from utils.figures import drawing
+
+DATA = Path(__file__).parent / "data"
+FIGURES = Path(__file__).parent / "figures"
+BASELINE = "fp32"
+
+
+def draw_part1(table: pd.DataFrame, machine: str) -> list[Path]:
+    """Part 1's figures of one machine; `table` is its quantization.csv."""
+    ok = table[table.status == "ok"]
+    scored = ok[ok.top1_percent.notna() & (ok.candidate != BASELINE)]
+    drawn = []
+    for model in ok.model.unique():
+        path = FIGURES / f"part1_{machine}_{model.replace('/', '_')}_speedup.png"
+        draw_speedups(ok[ok.model == model], path)
+        drawn.append(path)
+    if len(scored):
+        path = FIGURES / f"part1_{machine}_tradeoff.png"
+        draw_tradeoff(scored, path)
+        drawn.append(path)
+    return drawn
+
+
+def draw_speedups(rows: pd.DataFrame, path: Path) -> None:
+    """Speedup against batch size, a line per candidate; bars from the 10th to the 90th percentile.
+
+    With several thread counts, the largest.
+    """
+    rows = rows[(rows.threads == rows.threads.max()) & (rows.candidate != BASELINE)]
+    with drawing(path) as axes:
+        for name, group in rows.sort_values("batch_size").groupby("candidate", sort=False):
+            below = group.speedup - group.speedup_p10
+            above = group.speedup_p90 - group.speedup
+            spread = [below.clip(lower=0), above.clip(lower=0)]
+            axes.errorbar(group.batch_size, group.speedup, spread, marker="o", label=name, lw=1)
+        axes.axhline(1, color="grey", lw=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(rows.batch_size.unique()), sorted(rows.batch_size.unique()))
+        axes.set(xlabel="batch size", ylabel=f"speedup over {BASELINE}", ylim=(0, None))
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def draw_tradeoff(rows: pd.DataFrame, path: Path) -> None:
+    """Change of top-1 with its 95 % interval against speedup, at the largest batch scored."""
+    rows = rows[rows.batch_size == rows.accuracy_batch_size]
+    rows = rows[rows.threads == rows.threads.max()]
+    with drawing(path) as axes:
+        for row in rows.to_dict("records"):
+            place = (row["speedup"], row["top1_difference_points"])
+            low = place[1] - row["top1_difference_low_points"]
+            high = row["top1_difference_high_points"] - place[1]
+            axes.errorbar(*place, [[low], [high]], marker="o")
+            axes.annotate(row["candidate"], place, (4, 4), textcoords="offset points", fontsize=8)
+        axes.axhline(0, color="grey", lw=0.8)
+        axes.margins(x=0.15)
+        axes.set(xlabel=f"speedup over {BASELINE}", ylabel="change of top-1, points")
+
+
+def main() -> int:
+    FIGURES.mkdir(exist_ok=True)
+    for path in sorted(DATA.glob("part1_*.csv")):
+        for figure in draw_part1(pd.read_csv(path), path.stem.removeprefix("part1_")):
+            print(figure.relative_to(Path.cwd()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
