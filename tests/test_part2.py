@@ -347,7 +347,8 @@ def test_sigterm_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path: Path)
     assert not [trial for trial in trials if trial.state.name == "RUNNING"]
     finished = sum(trial.state.name == "COMPLETE" for trial in trials)
     assert finished >= 3
-    assert len(pd.read_csv(tmp_path / "trials.csv")) == len(trials)
+    started = sum(trial.state.name != "WAITING" for trial in trials)
+    assert len(pd.read_csv(tmp_path / "trials.csv")) == started
     assert part2.main([*flags, "--trials", str(finished + 2)]) == 0
     trials = study.load_study(str(journal), name).trials
     assert sum(map(study.is_finished, trials)) == finished + 2
