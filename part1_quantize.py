@@ -335,12 +335,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--seed", type=cli.seed, default=0, help="seed of subsets, weights and the order of turns")
     add("--output-dir", type=Path, default=Path("results/part1"), help="folder for the CSV")
-    add("--quick", action="store_true", help="a small run on digits: under a minute, no network")
-    args = parser.parse_args(argv)
-    if args.quick:
-        parser.set_defaults(**QUICK)
-        args = parser.parse_args(argv)
-    return args
+    return cli.parse_quick(parser, argv, QUICK)
 
 
 def list_candidates() -> None:

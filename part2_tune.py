@@ -585,11 +585,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--threads", type=number, default=threads, help="CPU threads, shared by the workers")
     add("--seed", type=cli.seed, default=0, help="of the study and of the first final training")
     add("--output-dir", type=Path, default=Path("results/part2"), help="folder for all results")
-    add("--quick", action="store_true", help="a small run on digits: under a minute, no network")
-    args = parser.parse_args(argv)
-    if args.quick:
-        parser.set_defaults(**QUICK)
-        args = parser.parse_args(argv)
+    args = cli.parse_quick(parser, argv, QUICK)
     if args.flip is None:
         args.flip = args.dataset != "digits"
     if args.fresh and args.stage == "final":

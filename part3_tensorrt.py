@@ -342,11 +342,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--seed", type=cli.seed, default=0, help="seed of subsets, weights and the order of turns")
     add("--output-dir", type=Path, default=Path("results/part3"), help="folder for the CSVs")
-    add("--quick", action="store_true", help="a small run on digits: under a minute, no network")
-    args = parser.parse_args(argv)
-    if args.quick:
-        parser.set_defaults(**QUICK)
-        args = parser.parse_args(argv)
+    args = cli.parse_quick(parser, argv, QUICK)
     args.model = args.model or (str(PART2_MODEL) if PART2_MODEL.is_file() else "vit_tiny_imagenet")
     args.dataset = args.dataset or dataset_of(args.model)
     args.engine_dir = args.engine_dir or args.output_dir / "engines"

@@ -195,13 +195,6 @@ def test_share_counts_layers_parameters_and_multiply_adds():
     assert share["quantized_macs_percent"] == pytest.approx(100 * 192 / 200)
 
 
-def test_list_names_every_candidate(capsys: pytest.CaptureFixture[str]):
-    assert part1_quantize.main(["--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(part1_quantize.CANDIDATES)
-    assert all(len(line) > 40 for line in lines)
-
-
 @pytest.mark.parametrize(
     ("flags", "hint"),
     [

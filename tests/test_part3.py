@@ -610,13 +610,6 @@ def test_graph_names_stay_inside_the_engine_folder(tmp_path: Path):
         assert onnx_graphs.graph_path(tmp_path, model, "fp16").parent == tmp_path
 
 
-def test_list_names_every_candidate(capsys: pytest.CaptureFixture[str]):
-    assert part3.main(["--list"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(part3.CANDIDATES)
-    assert all(len(line) > 40 for line in lines)
-
-
 @pytest.mark.parametrize(
     ("flags", "hint"),
     [
