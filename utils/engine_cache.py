@@ -3,13 +3,13 @@
 A plan is code: read only folders of engines that you trust.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from utils.files import replace_file
 
 FORMAT = 2  # raise it when the builder is configured in another way
 
@@ -84,19 +84,8 @@ def write_engine(path: Path, plan: bytes, identity: dict[str, Any], seconds: flo
         "build_seconds": round(seconds, 2),
     }
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, plan)
         replace_file(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
     except OSError as error:
         print(f"note: the engine is not kept ({error})")
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write to a temporary name, then rename."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()

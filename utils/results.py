@@ -15,6 +15,8 @@ from typing import Any
 import pandas as pd
 import torch
 
+from utils.files import replace_file
+
 LIBRARIES = (
     "torch",
     "torchvision",
@@ -42,21 +44,12 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[s
         raise KeyError(f"columns not in the fixed list: {sorted(unknown)}")
     # dtype=object: an empty cell must not turn its column's whole numbers into floats.
     table = pd.DataFrame(rows, columns=list(columns), dtype=object)
-    _replace(path, table.to_csv(index=False))
+    replace_file(path, table.to_csv(index=False).encode())
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write indented JSON: to a temporary name, then renamed."""
-    _replace(path, json.dumps(content, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def print_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> None:

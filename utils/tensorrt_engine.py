@@ -27,10 +27,10 @@ from utils.engine_cache import (
     identify,
     plan_path,
     read_engine,
-    replace_file,
     timing_cache_path,
     write_engine,
 )
+from utils.files import replace_file
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -221,6 +221,7 @@ def build_plan(recipe: Recipe, timing_cache: Path) -> bytes:
         raise refusal(f"TensorRT cannot build {recipe.onnx.name}")
     take_errors()  # of kernels that it tried and left out
     with contextlib.suppress(OSError):
+        timing_cache.parent.mkdir(parents=True, exist_ok=True)
         replace_file(timing_cache, bytes(cache.serialize()))
     return bytes(plan)
 
