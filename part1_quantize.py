@@ -197,6 +197,7 @@ CANDIDATES: dict[str, tuple[Build, str]] = {  # name: how to build it, and where
     "onnx-int8": (build_onnx_int8, "cpu"),
 }
 BASELINE = "fp32"
+INT8_ROWS_ON_GPU = 16  # torch._int_mm wants more
 
 
 # --- how the routes work --------------------------------------------------------------------------
@@ -239,6 +240,11 @@ def int8_torchao_config(example: Tensor) -> Any:
     Without VNNI the AVX2 kernel adds pairs of products in 16 bits, which overflow unless the
     activations keep to 7 bits.
     """
+    if example.is_cuda and len(example) <= INT8_ROWS_ON_GPU:
+        raise UnavailableError(
+            f"on a GPU int8 products need more than {INT8_ROWS_ON_GPU} rows, and the classifier "
+            f"has one per image: use larger --batch-sizes"
+        )
     return import_torchao().Int8DynamicActivationInt8WeightConfig(
         set_inductor_config=False,
         reduce_range=not example.is_cuda and not torch.cpu._is_vnni_supported(),

@@ -454,6 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = cli.pick_device(args.device).type
     names = choose_candidates(args.candidates, device)
     cli.check_name(args.dataset, data.DATASETS, "data set")
+    cli.seed_everything(args.seed)  # as in the workers: untrained weights must be the same
     model = load_trained(args.model, args.untrained)
     size = model.preprocessing.input_size
     batch_sizes = sorted(args.batch_sizes, reverse=True)  # accuracy is measured at the largest

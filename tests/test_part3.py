@@ -646,6 +646,15 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_untrained_weights_are_the_same_in_every_process(tmp_path: Path):
+    arguments = [*SMALL, "--model", "timm/test_vit2", "--untrained", "--dataset", "digits"]
+    arguments += ["--candidates", "torch-cpu"]
+    assert part3.main([*arguments, "--output-dir", str(tmp_path)]) == 0
+    (row,) = pd.read_csv(tmp_path / "tensorrt.csv").to_dict("records")
+    assert row["parity_cosine"] > 0.9999
+    assert np.isnan(row["top1_percent"])
+
+
 def test_cuda_without_a_gpu_is_a_users_error(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
