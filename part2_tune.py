@@ -369,6 +369,7 @@ def start_network(hparams: HParams, num_classes: int, device: torch.device, seed
 class Setting:
     """What all trainings of a run share."""
 
+    study: str  # its name
     dataset: str
     data_dir: Path | None
     image_size: int  # pixels, of an image folder
@@ -500,7 +501,8 @@ def run_final(
 
     def train_one(job: tuple[int, str]) -> tuple[dict[str, Any], Any]:
         seed, name = job
-        row = {"configuration": name, "seed": seed, "epochs": epochs, "compiled": compiled}
+        row = {"study": setting.study, "configuration": name, "seed": seed, "epochs": epochs}
+        row["compiled"] = compiled
         row |= {"hparams": json.dumps(asdict(configurations[name])), "status": "ok"}
         worker, place = idle.get()
         outcome = None
@@ -524,7 +526,8 @@ def run_final(
             if outcome is not None:
                 columns, epochs_done, checkpoint = outcome
                 row |= columns
-                history += [{"configuration": name, "seed": seed} | done for done in epochs_done]
+                about = {"study": setting.study, "configuration": name, "seed": seed}
+                history += [about | done for done in epochs_done]
                 # The first seed's, whatever its accuracy: the best of several would flatter.
                 if name == "tuned" and seed == setting.seed:
                     save_network(output_dir / "best.safetensors", checkpoint, setting, row)
@@ -567,7 +570,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--timeout", type=cli.positive_float, help="seconds after which no trial starts")
     add("--tune-epochs", type=number, default=15, help="epochs of each trial")
     add("--sampler", choices=study.SAMPLERS, default="tpe", help="how configurations are chosen")
-    add("--pruner", choices=study.PRUNERS, default="hyperband", help="which trials end early")
+    add("--pruner", choices=study.PRUNERS, default="asha", help="which trials end early")
     add("--storage", help="journal file or database URL; study.journal in the output folder")
     add("--study-name", default=STUDY_NAME, help="others than this write to a folder of that name")
     add("--fresh", action="store_true", help="delete this study and its results, and start anew")
@@ -667,6 +670,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in args.configurations:
         cli.check_name(name, CONFIGURATIONS, "configuration")
     setting = Setting(
+        study=args.study_name,
         dataset=args.dataset,
         data_dir=args.data_dir,
         image_size=args.image_size,

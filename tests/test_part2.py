@@ -174,7 +174,7 @@ def test_peak_and_end_of_the_learning_rate(monkeypatch):
 
 # --- trials ---------------------------------------------------------------------------------------
 
-SETTING = part2.Setting("digits", None, 32, 200, False, max_params=100_000, threads=1, seed=0)
+SETTING = part2.Setting("s", "digits", None, 32, 200, False, max_params=100_000, threads=1, seed=0)
 
 
 def one_trial(monkeypatch, default: bool, losses=(1.0, 1.0, 1.0)) -> optuna.trial.FrozenTrial:

@@ -90,7 +90,8 @@ def test_no_complete_trial_is_an_error_that_keeps_the_table(tmp_path: Path):
 
 
 def final_rows(*top1: float | None) -> list[dict[str, Any]]:
-    common = {"configuration": "tuned", "parameters": 7, "epochs": 2, "train_seconds": 1.5}
+    common = {"study": "s", "configuration": "tuned", "parameters": 7, "epochs": 2}
+    common["train_seconds"] = 1.5
     return [
         common
         | {"seed": i, "status": "failed" if value is None else "ok"}
@@ -116,6 +117,9 @@ def test_final_table_and_figure(tmp_path: Path):
     table = pd.read_csv(tmp_path / "final.csv")
     assert tuple(table.columns) == tuning_report.FINAL_COLUMNS
     assert table.top1_percent.isna().tolist() == [False, True]
+    summary = pd.read_csv(tmp_path / "final_summary.csv")
+    assert tuple(summary.columns) == tuning_report.SUMMARY_COLUMNS
+    assert summary.top1_percent_mean.tolist() == [80.0]
     assert (tmp_path / "final.png").exists()
 
 

@@ -29,17 +29,23 @@ TRIAL_COLUMNS = (
 )
 HISTORY_COLUMNS = ("trial", "state", "epoch", "held_out_top1_percent", "loss", "seconds")
 FINAL_COLUMNS = (
-    *("configuration", "seed", "epochs", "compiled", "status", "reason", "parameters"),
+    *("study", "configuration", "seed", "epochs", "compiled", "status", "reason", "parameters"),
     *("train_images", "train_seconds", "setup_seconds", "final_loss", "num_images"),
     *("top1_percent", "top5_percent", "hparams"),
 )
-FINAL_HISTORY_COLUMNS = ("configuration", "seed", "epoch", "loss", "seconds", "setup_seconds")
+FINAL_HISTORY_COLUMNS = (
+    *("study", "configuration", "seed", "epoch", "loss", "seconds", "setup_seconds"),
+)
 RESULTS = (
     *("trials.csv", "history.csv", "importances.csv", "best_params.json", "environment.json"),
-    *("final.csv", "final_history.csv", "final_environment.json"),
+    *("final.csv", "final_summary.csv", "final_history.csv", "final_environment.json"),
     *("best.safetensors", "best.json"),
 )
 IMPORTANCE_COLUMNS = ("hyperparameter", "importance", "complete_trials")
+SUMMARY_COLUMNS = (
+    *("study", "configuration", "trainings", "parameters", "epochs", "train_seconds_mean"),
+    *("top1_percent_mean", "top1_percent_sd", "top1_percent_low", "top1_percent_high"),
+)
 SHOWN = {
     "configuration": "s",
     "trainings": "d",
@@ -199,8 +205,9 @@ def read_best(path: Path, dataset: str, example: Any) -> dict[str, Any]:
 
 
 def write_final(rows: Sequence[Row], history: Sequence[Row], folder: Path) -> None:
-    """Write final.csv, final_history.csv and the figure of the test accuracies."""
+    """Write final.csv, its summary and history, and the figure of the test accuracies."""
     results.write_csv(folder / "final.csv", rows, FINAL_COLUMNS)
+    results.write_csv(folder / "final_summary.csv", summarize(rows), SUMMARY_COLUMNS)
     results.write_csv(folder / "final_history.csv", history, FINAL_HISTORY_COLUMNS)
     if done := [row for row in rows if row["status"] == "ok"]:
         draw_final(done, folder)
@@ -222,6 +229,7 @@ def summarize(rows: Iterable[Row]) -> list[Row]:
         half = float(stats.t.ppf(0.975, n - 1)) * sd / n**0.5 if sd is not None and n > 2 else None
         summary.append(
             {
+                "study": group["study"].iloc[0],
                 "configuration": name,
                 "trainings": n,
                 "parameters": int(group["parameters"].iloc[0]),
