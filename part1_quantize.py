@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from utils import cli, data, evaluation, results, timing
 from utils.benchmark import Build, Job, Variant, add_memory, load_image_sets, measure_block
+from utils.breakdown import BREAKDOWN_COLUMNS, break_down
 from utils.cost import state_bytes
 from utils.isolation import UnavailableError
 from utils.models import load_model, scored_logits
@@ -156,7 +157,8 @@ def build_int8_pt2e_bf16(module: nn.Module, example: Tensor, job: Job) -> Varian
 def build_onnx_fp32(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """ONNX Runtime, float32."""
     path, seconds = export_onnx(module, example, Path(job.folder))
-    return Variant(onnx_session(path, job.threads), path.stat().st_size, [], seconds)
+    call = onnx_session(path, job.threads)
+    return Variant(call, path.stat().st_size, [], seconds, onnx_path=path)
 
 
 def build_onnx_int8(module: nn.Module, example: Tensor, job: Job) -> Variant:
@@ -177,7 +179,8 @@ def build_onnx_int8(module: nn.Module, example: Tensor, job: Job) -> Variant:
         extra_options={"MatMulConstBOnly": True},
     )
     shapes = onnx_int8_shapes(quantized)
-    return Variant(onnx_session(quantized, job.threads), quantized.stat().st_size, shapes, seconds)
+    call = onnx_session(quantized, job.threads)
+    return Variant(call, quantized.stat().st_size, shapes, seconds, onnx_path=quantized)
 
 
 CANDIDATES: dict[str, tuple[Build, str]] = {  # name: how to build it, and where it runs
@@ -339,6 +342,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=True,
         help="measure peak memory in a further process per candidate",
     )
+    add(
+        "--breakdown",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="profile each candidate in a further process: ms a call by group of operators (CPU)",
+    )
     add("--seed", type=cli.seed, default=0, help="seed of subsets, weights and the order of turns")
     add("--output-dir", type=Path, default=Path("results/part1"), help="folder for the CSV")
     return cli.parse_quick(parser, argv, QUICK)
@@ -368,6 +377,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         list_candidates()
         return 0
     device = cli.pick_device(args.device).type
+    if args.breakdown and device == "cuda":
+        raise cli.UserError("--breakdown profiles a CPU: add --device cpu")
     names = choose_candidates(args.candidates, device)
     cli.check_name(args.dataset, data.DATASETS, "data set")
     model = load_model(args.model, args.untrained)
@@ -388,6 +399,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("note: this model does not know these classes, so there is no accuracy to measure")
 
     rows: list[dict[str, Any]] = []
+    breakdown: list[dict[str, Any]] = []
     accuracy: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for threads, batch_size in itertools.product(args.threads, batch_sizes):
@@ -418,9 +430,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.memory:
                 add_memory(rows[-len(jobs) :], jobs, timed)
                 results.write_csv(output_dir / "quantization.csv", rows, COLUMNS)
+            if args.breakdown:
+                breakdown += break_down(rows[-len(jobs) :], jobs, timed)
+                results.write_csv(output_dir / "breakdown.csv", breakdown, BREAKDOWN_COLUMNS)
     results.print_table(rows, SHOWN)
     print(output_dir / "quantization.csv")
-    return int(any(row["status"] == "failed" for row in rows))
+    if args.breakdown:
+        print(output_dir / "breakdown.csv")
+    return int(any(row["status"] == "failed" for row in [*rows, *breakdown]))
 
 
 if __name__ == "__main__":

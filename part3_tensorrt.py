@@ -42,7 +42,7 @@ from utils.benchmark import (
     load_image_sets,
     measure_block,
 )
-from utils.cost import state_bytes
+from utils.cost import count_cost, state_bytes
 from utils.isolation import UnavailableError, Worker, recorded
 from utils.models import WEIGHTS_DIR, LoadedModel, load_model, scored_logits
 from utils.onnx_graphs import (
@@ -56,6 +56,7 @@ from utils.onnx_graphs import (
     require_parity,
 )
 from utils.onnx_tools import onnx_cuda_session, onnx_session
+from utils.roofline import CEILING_COLUMNS, measure_ceilings
 from utils.training import capture, memory_format
 
 PART2_MODEL = Path("results/part2/best.safetensors")
@@ -65,7 +66,8 @@ EXPORT_IMAGES = 12  # labelled images on which an exported graph must agree
 NEEDS_CAPABILITY = {"tf32": (8, 0), "fp8": (8, 9)}
 
 COLUMNS = (
-    *("model", "dataset", "candidate", "precision", "device", "threads", "batch_size"),
+    *("model", "dataset", "gflop_per_image", "image_size"),
+    *("candidate", "precision", "device", "threads", "batch_size"),
     *("status", "reason", *timing.LATENCY_COLUMNS, "graph_baseline", *GRAPH_COLUMNS),
     *TRANSFER_COLUMNS,
     *PARITY_COLUMNS,
@@ -405,6 +407,22 @@ def parity_check(model: LoadedModel, images: Tensor, untrained: bool = False) ->
     return check
 
 
+def model_cost(model: LoadedModel) -> dict[str, float]:
+    """The columns that bound a call from below: arithmetic (a multiply-add is two) and input."""
+    size = model.preprocessing.input_size
+    cost = count_cost(model.module, torch.zeros(1, 3, size, size))
+    return {"gflop_per_image": 2 * cost.multiply_adds / 1e9, "image_size": size}
+
+
+def write_ceilings(path: Path) -> None:
+    """Measure what this GPU can do at most, in a process of its own; a failure is only noted."""
+    outcome: dict[str, Any] = {}
+    with recorded(outcome), Worker() as worker:
+        results.write_csv(path, worker.run(measure_ceilings, "cuda"), CEILING_COLUMNS)
+    if outcome:
+        print(f"note: the GPU's ceilings were not measured: {outcome['reason']}")
+
+
 def make_job(name: str, job: EngineJob) -> EngineJob:
     """The job of one candidate."""
     candidate = CANDIDATES[name]
@@ -491,6 +509,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(output_dir / "graphs.csv")
         return int(any(row["status"] == "failed" for row in graphs.values()))
 
+    cost = model_cost(model)
+    if device == "cuda":
+        write_ceilings(output_dir / "ceilings.csv")
     missing = {name: why for name in names if (why := why_missing(name, device, graphs))}
     here = [name for name in names if name not in missing]
     built = [name for name in here if CANDIDATES[name].build == build_tensorrt]
@@ -518,7 +539,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 output, logits[BASELINES[device]], labelled.labels, columns
             ) | {"accuracy_batch_size": batch_size}
         found = {n: missing.get(n) or block[n] | engines.get(n, {}) for n in names}
-        about = {"model": args.model, "dataset": args.dataset, **setting}
+        about = {"model": args.model, "dataset": args.dataset, **cost, **setting}
         rows += make_rows(found, accuracy, about)
         results.write_json(output_dir / "environment.json", environment)
         results.write_csv(output_dir / "tensorrt.csv", rows, COLUMNS)

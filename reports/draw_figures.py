@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from utils.breakdown import GROUPS
 from utils.figures import drawing
 
 DATA = Path(__file__).parent / "data"
@@ -66,10 +67,37 @@ def draw_tradeoff(rows: pd.DataFrame, path: Path) -> None:
         axes.set(xlabel=f"speedup over {BASELINE}", ylabel="change of top-1, points")
 
 
+def draw_breakdown(table: pd.DataFrame, name: str) -> list[Path]:
+    """Milliseconds a call by group of operators, a bar per candidate; `table` is a breakdown.csv.
+
+    Of several models, batch sizes and thread counts, the first.
+    """
+    setting = ["model", "batch_size", "threads"]
+    rows = table[table.status == "ok"]
+    rows = rows[(rows[setting] == rows[setting].iloc[:1].squeeze()).all(axis=1)]
+    if rows.empty:
+        return []
+    ms = rows.pivot(index="candidate", columns="group", values="ms").fillna(0.0)
+    ms = ms.loc[rows.candidate.unique()]
+    left = 0 * ms.iloc[:, 0]
+    path = FIGURES / f"part1_{name}.png"
+    with drawing(path) as axes:
+        for i, group in enumerate(GROUPS):
+            if group in ms:
+                axes.barh(ms.index, ms[group], left=left, color=f"C{i}", label=group)
+                left += ms[group]
+        axes.invert_yaxis()
+        axes.set(xlabel="ms per call")
+        axes.set_title("{}, batch size {}, {} threads".format(*rows[setting].iloc[0]), fontsize=10)
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return [path]
+
+
 def main() -> int:
     FIGURES.mkdir(exist_ok=True)
     for path in sorted(DATA.glob("part1_*.csv")):
-        for figure in draw_part1(pd.read_csv(path), path.stem.removeprefix("part1_")):
+        draw = draw_breakdown if path.stem.endswith("_breakdown") else draw_part1
+        for figure in draw(pd.read_csv(path), path.stem.removeprefix("part1_")):
             print(figure.relative_to(Path.cwd()))
     return 0
 

@@ -15,6 +15,7 @@ from torch import nn
 
 import part1_quantize
 from utils import benchmark, cost
+from utils.breakdown import BREAKDOWN_COLUMNS
 from utils.isolation import UnavailableError, Worker, recorded
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -239,6 +240,45 @@ def test_cuda_without_a_gpu_is_a_users_error(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert part1_quantize.main([*SMALL, "--device", "cuda"]) == 2
     assert capsys.readouterr().err.startswith("error: --device cuda")
+
+
+def test_breakdown_of_a_gpu_is_a_users_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert part1_quantize.main([*SMALL, "--device", "cuda", "--breakdown"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: --breakdown profiles a CPU")
+    assert errors.count("\n") == 1
+
+
+def test_breakdown_has_rows_for_every_candidate_and_a_reason_where_it_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    names = ("fp32", "int8-eager", "onnx-int8")
+    good = {name: part1_quantize.CANDIDATES[name] for name in names}
+    missing = {"missing": (build_missing, "cpu")}
+    monkeypatch.setattr(part1_quantize, "CANDIDATES", good | missing)
+    code, _ = run_table(tmp_path, "--no-memory", "--breakdown")
+    table = pd.read_csv(tmp_path / "breakdown.csv")
+    assert code == 0
+    assert tuple(table) == BREAKDOWN_COLUMNS
+    assert list(table.candidate.unique()) == [*names, "missing"]
+    (absent,) = table[table.candidate == "missing"].to_dict("records")
+    assert (absent["status"], absent["reason"]) == ("unavailable", "not installed")
+    assert absent["ms"] != absent["ms"]
+    for _, rows in table[table.status == "ok"].groupby("candidate"):
+        assert set(rows.group) >= {"linear", "attention", "convolution", "normalization", "other"}
+        assert rows.group.is_unique
+        assert (rows.ms > 0).all()
+        assert rows.ms.sum() == pytest.approx(rows.profiled_ms.iloc[0])
+        assert rows.share_percent.sum() == pytest.approx(100)
+        assert (rows.latency_ms > 0).all()
+
+
+def test_without_the_flag_there_is_no_breakdown(tmp_path: Path):
+    assert run_table(tmp_path, "--candidates", "fp32", "--no-memory")[0] == 0
+    assert not (tmp_path / "breakdown.csv").exists()
 
 
 def test_unwritable_output_is_a_users_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,7 @@ class Variant:
     uploads: bool = False  # `call` also takes images in pinned host memory
     host_call: Callable[[Tensor], Any] | None = None  # instead of `round_trip`, if it has its own
     columns: Mapping[str, Any] = field(default_factory=dict)  # further columns of its row
+    onnx_path: Path | None = None  # its file, if ONNX Runtime runs it
 
 
 Build = Callable[[nn.Module, Tensor, Job], Variant]  # takes a float32 module, an example batch

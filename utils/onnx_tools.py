@@ -108,8 +108,18 @@ def check_onnx(path: Path) -> dict[str, Any]:
     }
 
 
+def onnx_session_options(threads: int) -> Any:
+    """Options of a session on the CPU; its threads spin within a call and sleep between calls."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return options
+
+
 def onnx_session(path: Path, threads: int, optimize: bool = True) -> Callable[[Tensor], Any]:
-    """Run an ONNX file on the CPU; its threads spin within a call and sleep between calls.
+    """Run an ONNX file on the CPU.
 
     Args:
         optimize: False runs the operators as they are written, which is what a check wants: fused
@@ -117,9 +127,7 @@ def onnx_session(path: Path, threads: int, optimize: bool = True) -> Callable[[T
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.force_spinning_stop", "1")
+    options = onnx_session_options(threads)
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
