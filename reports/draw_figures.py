@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from reports import part3_figures
 from utils.breakdown import GROUPS
 from utils.figures import drawing
 
@@ -21,9 +22,11 @@ def draw_part1(table: pd.DataFrame, machine: str) -> list[Path]:
     ok = table[table.status == "ok"]
     scored = ok[ok.top1_percent.notna() & (ok.candidate != BASELINE)]
     drawn = []
-    for model in ok.model.unique():
-        path = FIGURES / f"part1_{machine}_{model.replace('/', '_')}_speedup.png"
-        draw_speedups(ok[ok.model == model], path)
+    for model, rows in ok.groupby("model", sort=False):
+        if rows.batch_size.nunique() < 2:
+            continue
+        path = FIGURES / f"part1_{machine}_{str(model).replace('/', '_')}_speedup.png"
+        draw_speedups(rows, path)
         drawn.append(path)
     if len(scored):
         path = FIGURES / f"part1_{machine}_tradeoff.png"
@@ -93,12 +96,25 @@ def draw_breakdown(table: pd.DataFrame, name: str) -> list[Path]:
     return [path]
 
 
+def draw_gpu(path: Path) -> list[Path]:
+    """Part 3's figures of one GPU; with its ceilings also the table of distances from them."""
+    table, ceilings_path = pd.read_csv(path), path.with_stem(f"{path.stem}_ceilings")
+    if not ceilings_path.exists():
+        return part3_figures.draw_part3(table, None, FIGURES)
+    ceilings = pd.read_csv(ceilings_path)
+    roofline = part3_figures.roofline_rows(table, ceilings)
+    roofline.to_csv(path.with_stem(f"{path.stem}_roofline"), index=False)
+    return part3_figures.draw_part3(table, ceilings, FIGURES)
+
+
 def main() -> int:
     FIGURES.mkdir(exist_ok=True)
     for path in sorted(DATA.glob("part1_*.csv")):
         draw = draw_breakdown if path.stem.endswith("_breakdown") else draw_part1
         for figure in draw(pd.read_csv(path), path.stem.removeprefix("part1_")):
             print(figure.relative_to(Path.cwd()))
+    for figure in draw_gpu(DATA / "part3_h100.csv"):
+        print(figure.relative_to(Path.cwd()))
     return 0
 
 
