@@ -10,11 +10,16 @@ go.
 """
 
 import re
+from collections.abc import Iterable
 from decimal import ROUND_HALF_EVEN, ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import pandas as pd
 import pytest
+
+import part1_quantize
+import part3_tensorrt
+from utils import breakdown, onnx_graphs, roofline, tuning_report
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "reports").glob("*.md"))]
@@ -116,6 +121,60 @@ def test_every_figure_of_a_report_is_committed():
     for document in DOCUMENTS:
         for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text()):
             assert (document.parent / target).is_file(), f"{document.name}: {target}"
+
+
+# What needs no explanation.
+PLAIN_COLUMNS = {
+    *("model", "dataset", "candidate", "precision", "device", "threads", "batch_size"),
+    *("study", "configuration", "trial", "seed", "epoch", "epochs", "parameters"),
+}
+COLUMNS = {
+    "quantization.csv": part1_quantize.COLUMNS,
+    "breakdown.csv": breakdown.BREAKDOWN_COLUMNS,
+    "trials.csv": tuning_report.TRIAL_COLUMNS,
+    "history.csv": tuning_report.HISTORY_COLUMNS,
+    "importances.csv": tuning_report.IMPORTANCE_COLUMNS,
+    "final.csv": tuning_report.FINAL_COLUMNS,
+    "final_history.csv": tuning_report.FINAL_HISTORY_COLUMNS,
+    "final_summary.csv": tuning_report.SUMMARY_COLUMNS,
+    "graphs.csv": onnx_graphs.GRAPH_FILE_COLUMNS,
+    "ceilings.csv": roofline.CEILING_COLUMNS,
+    "tensorrt.csv": part3_tensorrt.COLUMNS,
+}
+
+
+def undocumented(columns: Iterable[str], text: str) -> list[str]:
+    """Columns that no table row of the README explains.
+
+    A row names a column in full, or a family of them: `latency_ms_median`, `_p90`.
+    """
+    rows = [re.findall(r"`(\w+)`", line) for line in text.splitlines() if line.startswith("|")]
+
+    def is_explained(column: str) -> bool:
+        family = column.split("_")[0]
+        return column in PLAIN_COLUMNS or any(
+            column in names
+            or (
+                any(name.split("_")[0] == family for name in names)
+                and any(name.startswith("_") and name in column for name in names)
+            )
+            for names in rows
+        )
+
+    return [column for column in columns if not is_explained(column)]
+
+
+@pytest.mark.parametrize("file", COLUMNS)
+def test_readme_explains_every_column(file: str):
+    text = (ROOT / "README.md").read_text()
+    assert f"`{file}`" in text or f"/{file}`" in text
+    assert undocumented(COLUMNS[file], text) == []
+
+
+def test_a_column_that_is_not_explained_is_found():
+    text = "| `latency_ms_median`, `_p90` | over all calls |\nalso `speedup`\n"
+    columns = ["model", "latency_ms_median", "latency_ms_p90", "latency_ms_p99", "wall_ms_p90"]
+    assert undocumented([*columns, "speedup"], text) == ["latency_ms_p99", "wall_ms_p90", "speedup"]
 
 
 @pytest.mark.parametrize(
