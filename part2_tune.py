@@ -1,8 +1,9 @@
 """Part 2: tune a small convolutional network for CIFAR-100, then train the best configuration.
 
-Optuna compares configurations on a held-out tenth of the training images. Then the default and the
-best configuration are trained on all training images with several seeds; the test images are looked
-at once for each trained network.
+Optuna compares configurations on a held-out tenth of the training images, in short trainings; the
+best few are trained again at full length, and the best of those is the best configuration. Then the
+default and the best configuration are trained on all training images with several seeds; the test
+images are looked at once for each trained network.
 
     python part2_tune.py                                   # study, then final trainings
     python part2_tune.py --quick                           # under a minute, offline: digits
@@ -19,10 +20,8 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import optuna
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import augmentation, cli, data, evaluation, models, results, study, tuning_report
-from utils.isolation import Worker, recorded
+from utils.isolation import run_jobs
 from utils.training import Muon, capture, memory_format, prepare_backend, warmup_cosine
 
 HELD_OUT = 0.1  # share of the training images on which configurations are compared
@@ -45,6 +44,7 @@ QUICK = {
     "trials": 8,
     "workers": 2,
     "tune_epochs": 4,
+    "finalists": 2,
     "final_epochs": 8,
     "repeats": 2,
     "max_params": 150_000,
@@ -392,9 +392,14 @@ def make_objective(
     """Load the images onto a worker's device; what is returned runs one trial."""
     # Each width has new shapes: trying kernels would take as long as a good part of the trial.
     prepare_backend(setting.threads, benchmark=False)
+    return functools.partial(run_trial, setting, epochs, *load_held_out_task(setting, device))
+
+
+@functools.cache  # a worker trains several networks on the same images
+def load_held_out_task(setting: Setting, device: torch.device) -> tuple[Task, data.ImageSet]:
+    """What configurations are compared on: training images less the held-out, and those."""
     train_set, held_out = data.hold_out(setting.load("train"), HELD_OUT)
-    task, held_out = make_task(train_set, setting.flip, device), data.to_device(held_out, device)
-    return functools.partial(run_trial, setting, epochs, task, held_out)
+    return make_task(train_set, setting.flip, device), data.to_device(held_out, device)
 
 
 def run_trial(
@@ -445,33 +450,91 @@ def describe_study(
     }
 
 
-# --- the final training ---------------------------------------------------------------------------
+# --- the finalists and the final training ---------------------------------------------------------
 
 
-def train_final(
-    setting: Setting, hparams: HParams, epochs: int, seed: int, compiled: bool, device: torch.device
-) -> tuple[dict[str, Any], list[dict[str, Any]], models.Checkpoint]:
-    """In a worker: train on all training images, then look at the test images once.
+def run_finalists(
+    setting: Setting,
+    whole: optuna.Study,
+    number: int,
+    epochs: int,
+    device: torch.device,
+    output_dir: Path,
+) -> None:
+    """Train the best trials' configurations at full length; the best of them is the best.
 
-    Returns columns of final.csv, one row per epoch, and what to save. The weights are rounded to
-    fp16 first, so that the accuracy is that of the saved network.
+    A trial is several times shorter, which favours whatever learns fast, and the best of many short
+    trials owes something to luck.
     """
-    prepare_backend(setting.threads)
-    task, test_set = load_final_task(setting, device)
-    network = start_network(hparams, len(test_set.classes), device, seed)
+    trials = tuning_report.best_trials(whole, number)
+    if number < 2 or len(trials) < 2:
+        return
+    jobs = [(setting, HParams(**trial.user_attrs["hparams"]), epochs) for trial in trials]
+    rows: list[dict[str, Any]] = []
+    outcomes = run_jobs(train_finalist, jobs, places_of(device))
+    bar = tqdm(outcomes, total=len(jobs), unit="finalist", disable=None)
+    for trial, (failure, columns) in zip(trials, bar, strict=True):
+        row = {"study": setting.study, "trial": trial.number, "trial_top1_percent": trial.value}
+        row |= {"epochs": epochs, "hparams": json.dumps(trial.user_attrs["hparams"])}
+        rows.append(row | {"status": "ok"} | failure | (columns or {}))
+        shown = failure.get("reason") or f"held-out top-1 {columns['held_out_top1_percent']:.2f} %"
+        tqdm.write(f"finalist {trial.number}: {shown}")
+    tuning_report.write_finalists(rows, trials, whole, output_dir)
+
+
+def train_finalist(
+    setting: Setting, hparams: HParams, epochs: int, device: torch.device
+) -> dict[str, Any]:
+    """In a worker: train without the held-out images, then look at those; columns of the row."""
+    prepare_backend(setting.threads, benchmark=False)  # nor compiled: each is trained but once
+    task, held_out = load_held_out_task(setting, device)
+    network = start_network(hparams, len(held_out.classes), device, setting.seed)
+    history = train_to_the_end(network, hparams, task, epochs, compiled=False)
+    return {
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "train_seconds": round(history[-1].seconds, 2),
+        "held_out_top1_percent": evaluate(network, held_out, task, half=True)["top1_percent"],
+    }
+
+
+def train_to_the_end(
+    network: SmallCNN, hparams: HParams, task: Task, epochs: int, compiled: bool
+) -> list[Epoch]:
+    """Train in place; FloatingPointError when the loss is no longer finite."""
     history = []
     for done in train(network, hparams, task, epochs, compiled):
         if not math.isfinite(done.loss):
             raise FloatingPointError(f"the loss is {done.loss} in epoch {done.epoch}")
-        history.append(asdict(done))
+        history.append(done)
+    return history
+
+
+def places_of(device: torch.device) -> list[torch.device]:
+    """Where trainings can run side by side: every GPU, or the CPU."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    return [torch.device("cuda", i) for i in range(gpus)] or [device]
+
+
+def train_final(
+    setting: Setting, hparams: HParams, epochs: int, seed: int, compiled: bool, device: torch.device
+) -> tuple[dict[str, Any], list[Epoch], models.Checkpoint]:
+    """In a worker: train on all training images, then look at the test images once.
+
+    Returns columns of final.csv, the epochs, and what to save. The weights are rounded to fp16
+    first, so that the accuracy is that of the saved network.
+    """
+    prepare_backend(setting.threads)
+    task, test_set = load_final_task(setting, device)
+    network = start_network(hparams, len(test_set.classes), device, seed)
+    history = train_to_the_end(network, hparams, task, epochs, compiled)
     state = models.round_to_half(network)
     scores = evaluate(network, test_set, task, half=False)
     row = {
         "parameters": sum(p.numel() for p in network.parameters()),
         "train_images": len(task.images),
-        "train_seconds": round(done.seconds, 2),
-        "setup_seconds": round(done.setup_seconds, 2),
-        "final_loss": round(done.loss, 4),
+        "train_seconds": round(history[-1].seconds, 2),
+        "setup_seconds": round(history[-1].setup_seconds, 2),
+        "final_loss": round(history[-1].loss, 4),
         "num_images": len(test_set),
         **scores,
     }
@@ -480,7 +543,7 @@ def train_final(
     return row, history, models.Checkpoint(state, architecture, how, scores["top1_percent"])
 
 
-@functools.cache  # a worker trains several networks on the same images
+@functools.cache
 def load_final_task(setting: Setting, device: torch.device) -> tuple[Task, data.ImageSet]:
     test_set = setting.load(data.ACCURACY_SPLIT[setting.dataset])
     return make_task(setting.load("train"), setting.flip, device), test_set
@@ -496,45 +559,28 @@ def run_final(
     output_dir: Path,
 ) -> list[dict[str, Any]]:
     """Train every configuration with every seed, on all GPUs at once; a row of final.csv each."""
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    idle: SimpleQueue[tuple[Worker, torch.device]] = SimpleQueue()
-
-    def train_one(job: tuple[int, str]) -> tuple[dict[str, Any], Any]:
-        seed, name = job
-        row = {"study": setting.study, "configuration": name, "seed": seed, "epochs": epochs}
-        row["compiled"] = compiled
-        row |= {"hparams": json.dumps(asdict(configurations[name])), "status": "ok"}
-        worker, place = idle.get()
-        outcome = None
-        with recorded(row):
-            outcome = worker.run(
-                train_final, setting, configurations[name], epochs, seed, compiled, place
-            )
-        idle.put((worker, place))
-        return row, outcome
-
     # The seed outside: an interrupted comparison is still a fair one.
-    jobs = [(setting.seed + i, name) for i in range(repeats) for name in configurations]
+    runs = [(setting.seed + i, name) for i in range(repeats) for name in configurations]
+    jobs = [(setting, configurations[name], epochs, seed, compiled) for seed, name in runs]
     rows: list[dict[str, Any]] = []
     history: list[dict[str, Any]] = []
-    with ThreadPoolExecutor(max(1, gpus)) as threads, contextlib.ExitStack() as workers:
-        for place in [torch.device("cuda", i) for i in range(gpus)] or [device]:
-            idle.put((workers.enter_context(Worker()), place))
-        bar = tqdm(threads.map(train_one, jobs), total=len(jobs), unit="training", disable=None)
-        for row, outcome in bar:
-            name, seed = row["configuration"], row["seed"]
-            if outcome is not None:
-                columns, epochs_done, checkpoint = outcome
-                row |= columns
-                about = {"study": setting.study, "configuration": name, "seed": seed}
-                history += [about | done for done in epochs_done]
-                # The first seed's, whatever its accuracy: the best of several would flatter.
-                if name == "tuned" and seed == setting.seed:
-                    save_network(output_dir / "best.safetensors", checkpoint, setting, row)
-            rows.append(row)
-            tuning_report.write_final(rows, history, output_dir)
-            shown = f"top-1 {row['top1_percent']:.2f} %" if outcome else row["reason"]
-            tqdm.write(f"{name}, seed {seed}: {shown}")
+    outcomes = run_jobs(train_final, jobs, places_of(device))
+    bar = tqdm(outcomes, total=len(jobs), unit="training", disable=None)
+    for (seed, name), (failure, outcome) in zip(runs, bar, strict=True):
+        about = {"study": setting.study, "configuration": name, "seed": seed}
+        row = about | {"epochs": epochs, "compiled": compiled, "status": "ok"} | failure
+        row["hparams"] = json.dumps(asdict(configurations[name]))
+        if outcome is not None:
+            columns, epochs_done, checkpoint = outcome
+            row |= columns
+            history += [about | asdict(done) for done in epochs_done]
+            # The first seed's, whatever its accuracy: the best of several would flatter.
+            if name == "tuned" and seed == setting.seed:
+                save_network(output_dir / "best.safetensors", checkpoint, setting, row)
+        rows.append(row)
+        tuning_report.write_final(rows, history, output_dir)
+        shown = f"top-1 {row['top1_percent']:.2f} %" if outcome else row["reason"]
+        tqdm.write(f"{name}, seed {seed}: {shown}")
     return rows
 
 
@@ -569,13 +615,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workers", type=number, default=1, help="processes of the study, spread over the GPUs")
     add("--timeout", type=cli.positive_float, help="seconds after which no trial starts")
     add("--tune-epochs", type=number, default=15, help="epochs of each trial")
+    add("--finalists", type=number, default=4, help="best trials trained again at full length")
     add("--sampler", choices=study.SAMPLERS, default="tpe", help="how configurations are chosen")
     add("--pruner", choices=study.PRUNERS, default="asha", help="which trials end early")
     add("--storage", help="journal file or database URL; study.journal in the output folder")
     add("--study-name", default=STUDY_NAME, help="others than this write to a folder of that name")
     add("--fresh", action="store_true", help="delete this study and its results, and start anew")
     add("--max-params", type=number, default=5_000_000, help="parameters at most")
-    add("--final-epochs", type=number, default=80, help="epochs of the final trainings")
+    add("--final-epochs", type=number, default=80, help="epochs of finalists and final trainings")
     add("--repeats", type=number, default=5, help="final trainings of each configuration")
     add(
         "--configurations",
@@ -650,8 +697,10 @@ def run_study(
         with contextlib.suppress(cli.UserError):  # the first error says what is wrong
             tuning_report.write_study(study.load_study(storage, args.study_name), names, output_dir)
         raise
-    tuning_report.write_study(study.load_study(storage, args.study_name), names, output_dir)
+    whole = study.load_study(storage, args.study_name)
+    tuning_report.write_study(whole, names, output_dir)
     print(output_dir / "trials.csv")
+    run_finalists(setting, whole, args.finalists, args.final_epochs, device, output_dir)
 
 
 def read_tuned(path: Path, setting: Setting) -> HParams:

@@ -230,8 +230,16 @@ def test_quick_run_writes_everything(quick: Path):
     assert tuple(history.columns) == part2.tuning_report.HISTORY_COLUMNS
     assert history.groupby("trial").size().tolist() == trials.epochs.tolist()
     best = json.loads((quick / "best_params.json").read_text())
-    complete = trials[trials.state == "complete"]
-    assert best["held_out_top1_percent"] == complete.held_out_top1_percent.max()
+    complete = trials[trials.state == "complete"].set_index("trial").held_out_top1_percent
+    finalists = pd.read_csv(quick / "finalists.csv")
+    assert tuple(finalists.columns) == part2.tuning_report.FINALIST_COLUMNS
+    assert finalists.trial.tolist() == complete.nlargest(2).index.tolist()
+    assert finalists.trial_top1_percent.tolist() == complete.nlargest(2).tolist()
+    winner = max(finalists.to_dict("records"), key=lambda row: row["held_out_top1_percent"])
+    assert best["trial"] == winner["trial"]
+    assert best["held_out_top1_percent"] == winner["held_out_top1_percent"]
+    assert best["epochs"] == part2.QUICK["final_epochs"]
+    assert best["hparams"] == json.loads(winner["hparams"])
     final = pd.read_csv(quick / "final.csv")
     assert tuple(final.columns) == part2.tuning_report.FINAL_COLUMNS
     assert sorted(zip(final.configuration, final.seed, strict=True)) == [

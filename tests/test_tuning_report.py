@@ -89,6 +89,38 @@ def test_no_complete_trial_is_an_error_that_keeps_the_table(tmp_path: Path):
     assert len(pd.read_csv(tmp_path / "trials.csv")) == 2
 
 
+def test_the_best_finalist_is_the_best_configuration(tmp_path: Path):
+    study = make_study(3)
+    trials = tuning_report.best_trials(study, 2)
+    assert [trial.value for trial in trials] == sorted(
+        (trial.value for trial in study.trials if trial.value is not None), reverse=True
+    )[:2]
+    rows: list[dict[str, Any]] = [
+        {"trial": trial.number, "status": "ok", "epochs": 9, "held_out_top1_percent": top1}
+        for trial, top1 in zip(trials, (70.0, 71.0), strict=True)
+    ]
+    tuning_report.write_finalists(rows, trials, study, tmp_path)
+    best = json.loads((tmp_path / "best_params.json").read_text())
+    assert (best["trial"], best["held_out_top1_percent"], best["epochs"]) == (
+        trials[1].number,
+        71.0,
+        9,
+    )
+    rows[1] = {"trial": trials[1].number, "status": "failed"}
+    tuning_report.write_finalists(rows, trials, study, tmp_path)
+    assert json.loads((tmp_path / "best_params.json").read_text())["trial"] == trials[0].number
+    rows[0] = {"trial": trials[0].number, "status": "failed"}
+    tuning_report.write_finalists(rows, trials, study, tmp_path)  # the study's best remains
+    assert json.loads((tmp_path / "best_params.json").read_text())["trial"] == trials[0].number
+    assert pd.read_csv(tmp_path / "finalists.csv").status.tolist() == ["failed", "failed"]
+
+
+def test_configurations_compete_once():
+    study = make_study(2)
+    study.add_trial(study.trials[1])
+    assert [trial.number for trial in tuning_report.best_trials(study, 9)] == [1, 0]
+
+
 def final_rows(*top1: float | None) -> list[dict[str, Any]]:
     common = {"study": "s", "configuration": "tuned", "parameters": 7, "epochs": 2}
     common["train_seconds"] = 1.5

@@ -10,10 +10,11 @@ import multiprocessing
 import os
 import pickle
 import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any
 
@@ -54,6 +55,10 @@ class Worker:
                 raise UnavailableError("its process was killed: not enough memory?") from error
             raise RuntimeError(f"its process ended with {self._process.exitcode}") from error
 
+    def is_alive(self) -> bool:
+        """Whether the process can still be asked."""
+        return self._process.is_alive()
+
     def stop(self) -> None:
         """End the process at once, even in the middle of a compilation."""
         self._process.terminate()
@@ -93,6 +98,34 @@ def _prepare() -> None:
     """Ctrl-C reaches the whole process group; only the parent acts on it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def run_jobs(
+    function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], places: Sequence[Any]
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Call `function(*job, place)` for every job, in one process for each place at once.
+
+    Yields in the order of the jobs: what `recorded` says of a failure, nothing if it went well, and
+    the result, None after a failure. A process that died is replaced before the next job.
+    """
+    idle: SimpleQueue[tuple[Worker, Any]] = SimpleQueue()
+
+    def run_one(job: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
+        row: dict[str, Any] = {}
+        worker, place = idle.get()
+        try:
+            if not worker.is_alive():
+                worker = workers.enter_context(Worker())
+            with recorded(row):
+                return row, worker.run(function, *job, place)
+        finally:
+            idle.put((worker, place))
+        return row, None
+
+    with ThreadPoolExecutor(len(places)) as threads, contextlib.ExitStack() as workers:
+        for place in places:
+            idle.put((workers.enter_context(Worker()), place))
+        yield from threads.map(run_one, jobs)
 
 
 @contextlib.contextmanager

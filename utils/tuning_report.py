@@ -37,11 +37,16 @@ FINAL_HISTORY_COLUMNS = (
     *("study", "configuration", "seed", "epoch", "loss", "seconds", "setup_seconds"),
 )
 RESULTS = (
-    *("trials.csv", "history.csv", "importances.csv", "best_params.json", "environment.json"),
+    *("trials.csv", "history.csv", "importances.csv", "finalists.csv", "best_params.json"),
+    "environment.json",
     *("final.csv", "final_summary.csv", "final_history.csv", "final_environment.json"),
     *("best.safetensors", "best.json"),
 )
 IMPORTANCE_COLUMNS = ("hyperparameter", "importance", "complete_trials")
+FINALIST_COLUMNS = (
+    *("study", "trial", "trial_top1_percent", "epochs", "status", "reason", "parameters"),
+    *("train_seconds", "held_out_top1_percent", "hparams"),
+)
 SUMMARY_COLUMNS = (
     *("study", "configuration", "trainings", "parameters", "epochs", "train_seconds_mean"),
     *("top1_percent_mean", "top1_percent_sd", "top1_percent_low", "top1_percent_high"),
@@ -81,10 +86,15 @@ def delete_results(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def best_trial(study: optuna.Study) -> FrozenTrial | None:
-    """The complete trial with the highest value, if there is one."""
+def best_trials(study: optuna.Study, number: int) -> list[FrozenTrial]:
+    """The complete trials with the highest values, each configuration once."""
     complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    return max(complete, key=lambda trial: trial.value or 0.0, default=None)
+    ranked = sorted(complete, key=lambda trial: trial.value or 0.0, reverse=True)
+    found: list[FrozenTrial] = []
+    for trial in ranked:
+        if trial.user_attrs["hparams"] not in [other.user_attrs["hparams"] for other in found]:
+            found.append(trial)
+    return found[:number]
 
 
 def trial_row(study_name: str, trial: FrozenTrial, names: Sequence[str]) -> Row:
@@ -157,23 +167,42 @@ def write_study(study: optuna.Study, names: Sequence[str], folder: Path) -> None
     history = [row for trial in trials for row in history_rows(trial)]
     results.write_csv(folder / "trials.csv", rows, (*TRIAL_COLUMNS, *names))
     results.write_csv(folder / "history.csv", history, HISTORY_COLUMNS)
-    best = best_trial(study)
+    best = next(iter(best_trials(study, 1)), None)
     if best is None:
         raise UserError(
             f"no trial is complete: see {folder / 'trials.csv'} for reasons; raise --trials or "
             "--timeout, or choose --pruner none"
         )
+    write_best(study, best, best.value or 0.0, len(best.user_attrs.get("history", ())), folder)
+    importances = importance_rows(study)
+    results.write_csv(folder / "importances.csv", importances, IMPORTANCE_COLUMNS)
+    draw_study(rows, history, importances, folder)
+
+
+def write_best(
+    study: optuna.Study, best: FrozenTrial, top1_percent: float, epochs: int, folder: Path
+) -> None:
+    """Write best_params.json: the configuration, and its held-out top-1 after so many epochs."""
     content = {
         "study": study.study_name,
         "dataset": study.user_attrs.get("setting", {}).get("dataset"),
         "trial": best.number,
-        "held_out_top1_percent": best.value,
+        "epochs": epochs,
+        "held_out_top1_percent": top1_percent,
         "hparams": best.user_attrs["hparams"],
     }
     results.write_json(folder / "best_params.json", content)
-    importances = importance_rows(study)
-    results.write_csv(folder / "importances.csv", importances, IMPORTANCE_COLUMNS)
-    draw_study(rows, history, importances, folder)
+
+
+def write_finalists(
+    rows: Sequence[Row], trials: Sequence[FrozenTrial], study: optuna.Study, folder: Path
+) -> None:
+    """Write finalists.csv, a row for each of the trials, and the best of them as the best."""
+    results.write_csv(folder / "finalists.csv", rows, FINALIST_COLUMNS)
+    done = [pair for pair in zip(rows, trials, strict=True) if pair[0]["status"] == "ok"]
+    if done:
+        row, best = max(done, key=lambda pair: pair[0]["held_out_top1_percent"])
+        write_best(study, best, row["held_out_top1_percent"], row["epochs"], folder)
 
 
 def read_best(path: Path, dataset: str, example: Any) -> dict[str, Any]:
