@@ -391,7 +391,7 @@ def make_objective(
 ) -> Callable[[optuna.Trial], float]:
     """Load the images onto a worker's device; what is returned runs one trial."""
     # Each width has new shapes: trying kernels would take as long as a good part of the trial.
-    prepare_backend(setting.threads, benchmark=False)
+    prepare_backend(device, setting.threads, benchmark=False)
     return functools.partial(run_trial, setting, epochs, *load_held_out_task(setting, device))
 
 
@@ -486,7 +486,9 @@ def train_finalist(
     setting: Setting, hparams: HParams, epochs: int, device: torch.device
 ) -> dict[str, Any]:
     """In a worker: train without the held-out images, then look at those; columns of the row."""
-    prepare_backend(setting.threads, benchmark=False)  # nor compiled: each is trained but once
+    prepare_backend(
+        device, setting.threads, benchmark=False
+    )  # nor compiled: each is trained but once
     task, held_out = load_held_out_task(setting, device)
     network = start_network(hparams, len(held_out.classes), device, setting.seed)
     history = train_to_the_end(network, hparams, task, epochs, compiled=False)
@@ -523,7 +525,7 @@ def train_final(
     Returns columns of final.csv, the epochs, and what to save. The weights are rounded to fp16
     first, so that the accuracy is that of the saved network.
     """
-    prepare_backend(setting.threads)
+    prepare_backend(device, setting.threads)
     task, test_set = load_final_task(setting, device)
     network = start_network(hparams, len(test_set.classes), device, seed)
     history = train_to_the_end(network, hparams, task, epochs, compiled)

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from utils.training import Muon, as_kernel, as_matrix, capture, orthogonalize, warmup_cosine
+from utils.training import (
+    Muon,
+    as_kernel,
+    as_matrix,
+    capture,
+    orthogonalize,
+    prepare_backend,
+    warmup_cosine,
+)
 
 
 def test_warmup_cosine_agrees_with_torch_schedulers():
@@ -143,6 +151,15 @@ def test_a_captured_step_keeps_the_memory_that_its_graph_reads(monkeypatch):
     gc.collect()
     assert alive() is not None
     assert replay(torch.zeros(4, dtype=torch.int64)) == 1
+
+
+def test_a_training_on_another_gpu_makes_it_the_current_one(monkeypatch: pytest.MonkeyPatch):
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for device in ("cpu", "cuda", "cuda:1"):
+        prepare_backend(torch.device(device), threads=torch.get_num_threads())
+    assert chosen == [torch.device("cuda:1")]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -512,7 +512,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     default_dir = checkpoints if args.quick else models.WEIGHTS_DIR
     path = cli.make_output_dir(args.output_dir or default_dir) / f"{args.model}.safetensors"
     cli.seed_everything(args.seed)
-    prepare_backend()
+    prepare_backend(device)
 
     train_set = load_images(recipe.dataset, "train", args.data_dir, num_images=args.num_images)
     test_set = load_images(recipe.dataset, ACCURACY_SPLIT[recipe.dataset], args.data_dir)

@@ -20,13 +20,18 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def prepare_backend(threads: int | None = None, benchmark: bool = True) -> None:
+def prepare_backend(
+    device: torch.device, threads: int | None = None, benchmark: bool = True
+) -> None:
     """Set up PyTorch for training; fp32 stays true fp32, as accuracies are reported in it.
 
     Args:
+        device: becomes the current one, if it is a GPU with an index: streams and graphs are its.
         threads: of the CPU; left as they are if None.
         benchmark: let cuDNN try its kernels, which takes seconds for every new shape.
     """
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = benchmark
     torch.backends.cudnn.allow_tf32 = False
     if threads is not None:
