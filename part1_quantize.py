@@ -25,7 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from utils import cli, data, evaluation, results, timing
-from utils.benchmark import Build, Job, Variant, add_memory, load_image_sets, measure_block
+from utils.benchmark import (
+    Build,
+    Job,
+    Variant,
+    add_memory,
+    check_capability,
+    load_image_sets,
+    measure_block,
+)
 from utils.breakdown import BREAKDOWN_COLUMNS, break_down
 from utils.cost import state_bytes
 from utils.isolation import UnavailableError
@@ -80,12 +88,14 @@ def build_fp32_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
 
 def build_tf32(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Float32 with TF32 matrix products, eager (GPU)."""
+    check_capability("tf32")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return build_fp32(module, example, job)
 
 
 def build_tf32_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Float32 with TF32 matrix products, by torch.compile (GPU)."""
+    check_capability("tf32")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return build_fp32_compile(module, example, job)
 
@@ -131,8 +141,7 @@ def build_int8_torchao_bf16(module: nn.Module, example: Tensor, job: Job) -> Var
 
 def build_fp8_torchao_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Dynamic fp8 by torchao over a bfloat16 model, per row, compiled (GPU)."""
-    if torch.cuda.get_device_capability() < (8, 9):
-        raise UnavailableError("fp8 needs an NVIDIA GPU of compute capability 8.9 or newer")
+    check_capability("fp8")
     quantization = import_torchao()
     config = quantization.Float8DynamicActivationFloat8WeightConfig(
         granularity=quantization.PerRow(), set_inductor_config=False
@@ -426,6 +435,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rows.append({"model": args.model, "dataset": args.dataset} | setting | scores | row)
             environment = results.environment(model=args.model, checkpoints=model.checkpoints)
             results.write_json(output_dir / "environment.json", environment)
+            if not breakdown:
+                (output_dir / "breakdown.csv").unlink(missing_ok=True)  # of an earlier run
             results.write_csv(output_dir / "quantization.csv", rows, COLUMNS)
             if args.memory:
                 add_memory(rows[-len(jobs) :], jobs, timed)

@@ -460,15 +460,16 @@ def run_finalists(
     epochs: int,
     device: torch.device,
     output_dir: Path,
-) -> None:
+) -> list[dict[str, Any]]:
     """Train the best trials' configurations at full length; the best of them is the best.
 
     A trial is several times shorter, which favours whatever learns fast, and the best of many short
-    trials owes something to luck.
+    trials owes something to luck. Returns rows of finalists.csv, none if there is no choice.
     """
+    (output_dir / "finalists.csv").unlink(missing_ok=True)
     trials = tuning_report.best_trials(whole, number)
     if number < 2 or len(trials) < 2:
-        return
+        return []
     jobs = [(setting, HParams(**trial.user_attrs["hparams"]), epochs) for trial in trials]
     rows: list[dict[str, Any]] = []
     outcomes = run_jobs(train_finalist, jobs, places_of(device))
@@ -477,18 +478,17 @@ def run_finalists(
         row = {"study": setting.study, "trial": trial.number, "trial_top1_percent": trial.value}
         row |= {"epochs": epochs, "hparams": json.dumps(trial.user_attrs["hparams"])}
         rows.append(row | {"status": "ok"} | failure | (columns or {}))
+        tuning_report.write_finalists(rows, trials[: len(rows)], whole, output_dir)
         shown = failure.get("reason") or f"held-out top-1 {columns['held_out_top1_percent']:.2f} %"
         tqdm.write(f"finalist {trial.number}: {shown}")
-    tuning_report.write_finalists(rows, trials, whole, output_dir)
+    return rows
 
 
 def train_finalist(
     setting: Setting, hparams: HParams, epochs: int, device: torch.device
 ) -> dict[str, Any]:
     """In a worker: train without the held-out images, then look at those; columns of the row."""
-    prepare_backend(
-        device, setting.threads, benchmark=False
-    )  # nor compiled: each is trained but once
+    prepare_backend(device, setting.threads, benchmark=False)  # each is trained but once
     task, held_out = load_held_out_task(setting, device)
     network = start_network(hparams, len(held_out.classes), device, setting.seed)
     history = train_to_the_end(network, hparams, task, epochs, compiled=False)
@@ -668,16 +668,22 @@ def run_study(
     args: argparse.Namespace,
     images: data.ImageSet,
     device: torch.device,
+    environment: dict[str, Any],
     output_dir: Path,
-) -> None:
+) -> optuna.Study:
     """Run or continue the study and write its tables, also when it is interrupted."""
     storage = args.storage or str(output_dir / "study.journal")
     threads = max(1, args.threads // args.workers)
     about = describe_study(setting, images, args.tune_epochs, args.sampler, args.pruner)
-    default = default_hparams(images, setting.max_params)
-    if args.fresh:
-        tuning_report.delete_results(output_dir)
+    # Not yet narrowed to max_params: each trial does that, and its width lies in the search space.
+    default = asdict(default_hparams(images, setting.max_params)) | {"width": HParams().width}
     names = [field.name for field in fields(HParams)]
+
+    def begin() -> None:
+        if args.fresh:
+            tuning_report.delete_results(output_dir)
+        results.write_json(output_dir / "environment.json", environment)
+
     try:
         study.tune(
             functools.partial(make_objective, replace(setting, threads=threads), args.tune_epochs),
@@ -691,9 +697,10 @@ def run_study(
             max_epochs=args.tune_epochs,
             seed=args.seed,
             timeout=args.timeout,
-            default_params=asdict(default),
+            default_params=default,
             setting=about,
             fresh=args.fresh,
+            on_open=begin,
         )
     except BaseException:
         with contextlib.suppress(cli.UserError):  # the first error says what is wrong
@@ -702,7 +709,7 @@ def run_study(
     whole = study.load_study(storage, args.study_name)
     tuning_report.write_study(whole, names, output_dir)
     print(output_dir / "trials.csv")
-    run_finalists(setting, whole, args.finalists, args.final_epochs, device, output_dir)
+    return whole
 
 
 def read_tuned(path: Path, setting: Setting) -> HParams:
@@ -734,21 +741,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     images = load_checked(setting, tuned=args.stage != "final")
     output_dir = prepare_output(args.output_dir, args.study_name)
     environment = results.environment(threads=args.threads)
+    epochs, rows = args.final_epochs, []
     if args.stage != "final":
-        run_study(setting, args, images, device, output_dir)
-        results.write_json(output_dir / "environment.json", environment)
+        whole = run_study(setting, args, images, device, environment, output_dir)
+        rows = run_finalists(setting, whole, args.finalists, epochs, device, output_dir)
     if args.stage == "tune":
-        return 0
+        return int(any(row["status"] == "failed" for row in rows))
     default = default_hparams(images, args.max_params)
     chosen = {
         name: default if name == "default" else read_tuned(output_dir / "best_params.json", setting)
         for name in args.configurations
     }
     compiled = args.compile and device.type == "cuda"
-    rows = run_final(setting, chosen, args.final_epochs, args.repeats, compiled, device, output_dir)
     results.write_json(output_dir / "final_environment.json", environment)
-    results.print_table(tuning_report.summarize(rows), tuning_report.SHOWN)
+    final = run_final(setting, chosen, epochs, args.repeats, compiled, device, output_dir)
+    results.print_table(tuning_report.summarize(final), tuning_report.SHOWN)
     print(output_dir / "final.csv")
+    rows += final
     return int(any(row["status"] == "failed" for row in rows))
 
 

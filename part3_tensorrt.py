@@ -6,7 +6,7 @@ candidate that does not agree with PyTorch is not timed. Without an NVIDIA GPU t
 checks and a comparison of PyTorch with ONNX Runtime on the CPU still run.
 
     python part3_tensorrt.py                        # Part 2's network, else vit_tiny_imagenet
-    python part3_tensorrt.py --model smallcnn_cifar100
+    python part3_tensorrt.py --model results/part2/best.safetensors
     python part3_tensorrt.py --quick                # under a minute, offline, CPU
     python part3_tensorrt.py --list                 # the candidates
 """
@@ -39,6 +39,7 @@ from utils.benchmark import (
     Predict,
     Variant,
     add_reason,
+    check_capability,
     load_image_sets,
     measure_block,
 )
@@ -63,7 +64,6 @@ PART2_MODEL = Path("results/part2/best.safetensors")
 REPLAYED = {"cuda_graph": True}
 PARITY_IMAGES = 64  # labelled images on which a candidate must agree with PyTorch before timing
 EXPORT_IMAGES = 12  # labelled images on which an exported graph must agree
-NEEDS_CAPABILITY = {"tf32": (8, 0), "fp8": (8, 9)}
 
 COLUMNS = (
     *("model", "dataset", "gflop_per_image", "image_size"),
@@ -196,7 +196,7 @@ CANDIDATES = {
 }
 BASELINES = {"cpu": "torch-cpu", "cuda": "torch-fp32"}
 # PyTorch's CUDA graph of the same precision, or of the nearest that PyTorch has: a speedup over it
-# is due neither to launches nor to the precision.
+# is not due to launches, nor to the precision but for 8 bits.
 GRAPH_BASELINES = {
     "fp32": "torch-fp32-graph",
     "tf32": "torch-tf32-graph",
@@ -225,14 +225,6 @@ def prepare(module: nn.Module, example: Tensor, precision: str) -> Callable[[Ten
     layout = memory_format(example.device)
     module = module.to(dtype).to(memory_format=layout)
     return lambda x: module(x.to(dtype, memory_format=layout)).float()
-
-
-def check_capability(precision: str) -> None:
-    """UnavailableError if this GPU has no arithmetic of that precision."""
-    needed = NEEDS_CAPABILITY.get(precision, (0, 0))
-    if torch.cuda.get_device_capability() < needed:
-        wanted = ".".join(map(str, needed))
-        raise UnavailableError(f"{precision} needs a GPU of compute capability {wanted} or newer")
 
 
 @contextlib.contextmanager
@@ -431,14 +423,6 @@ def make_job(name: str, job: EngineJob) -> EngineJob:
     return replace(job, onnx=onnx, needs_module=onnx is None)
 
 
-def make_engine_dir(path: Path) -> Path:
-    """Create the folder for graphs and engines, else UserError."""
-    try:
-        return cli.make_output_dir(path)
-    except cli.UserError as error:
-        raise cli.UserError(str(error).replace("--output-dir", "--engine-dir")) from error
-
-
 def make_rows(
     found: Mapping[str, dict[str, Any]],
     scores: Mapping[str, dict[str, Any]],
@@ -484,7 +468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     columns = scored_logits(model, labelled)
     output_dir = cli.make_output_dir(args.output_dir)
-    engine_dir = make_engine_dir(args.engine_dir)
+    engine_dir = cli.make_output_dir(args.engine_dir, "--engine-dir")
     print(f"{args.model}: {len(labelled)} {labelled.split} images for accuracy, {device}")
     if columns is None:
         print("note: this model does not know these classes, so there is no accuracy to measure")
@@ -510,6 +494,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(any(row["status"] == "failed" for row in graphs.values()))
 
     cost = model_cost(model)
+    (output_dir / "ceilings.csv").unlink(missing_ok=True)  # of an earlier run
     if device == "cuda":
         write_ceilings(output_dir / "ceilings.csv")
     missing = {name: why for name in names if (why := why_missing(name, device, graphs))}

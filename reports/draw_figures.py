@@ -112,9 +112,9 @@ def main() -> int:
     for path in sorted(DATA.glob("part1_*.csv")):
         draw = draw_breakdown if path.stem.endswith("_breakdown") else draw_part1
         for figure in draw(pd.read_csv(path), path.stem.removeprefix("part1_")):
-            print(figure.relative_to(Path.cwd()))
+            print(figure)
     for figure in draw_gpu(DATA / "part3_h100.csv"):
-        print(figure.relative_to(Path.cwd()))
+        print(figure)
     return 0
 
 

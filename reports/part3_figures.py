@@ -51,10 +51,11 @@ def speedup_parts(rows: pd.DataFrame) -> pd.DataFrame:
     """The fastest candidate's speedup over eager float32 at each batch size, as three factors.
 
     `launches`: float32 as a CUDA graph over float32 eager. `precision`: the CUDA graph of the
-    fastest candidate's baseline over that of float32. `kernels`: the candidate over its baseline.
-    Their product is the ratio of the median latencies.
+    fastest candidate's baseline over that of float32. `kernels`: the candidate over its baseline,
+    which for 8 bits is half precision. Their product is the ratio of the median latencies.
     """
     parts = []
+    rows = rows[rows.graph_baseline.notna()]
     for batch_size, group in rows.groupby("batch_size"):
         by_name = group.set_index("candidate")
         ms = by_name.latency_ms_median
@@ -77,7 +78,7 @@ def draw_parts(parts: pd.DataFrame, path: Path) -> None:
     labels = {
         "launches": "no launches (CUDA graph)",
         "precision": "precision",
-        "kernels": "better kernels",
+        "kernels": "better kernels (and 8 bits, if it has them)",
     }
     positions = range(len(parts))
     with drawing(path) as axes:
@@ -132,9 +133,14 @@ def draw_roofline(rows: pd.DataFrame, ceilings: pd.DataFrame, path: Path) -> Non
             axes.plot([x[0], ridge, x[1]], roof, color=colour, lw=1, label=precision)
             shown = rows[rows.candidate == f"torch-{precision}-compile"]
             for i, (model, group) in enumerate(shown.groupby("model", sort=False)):
-                label = model if precision == "fp32" else None
+                label, marker = (model if precision == "fp32" else None), "os^Dv"[i % 5]
                 axes.scatter(
-                    group.flop_per_byte, group.tflops, 16, colour, marker="os^Dv"[i], label=label
+                    group.flop_per_byte,
+                    group.tflops,
+                    16,
+                    colour,
+                    marker=marker,
+                    label=label,
                 )
         axes.set_xscale("log")
         axes.set_yscale("log")

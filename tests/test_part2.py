@@ -293,6 +293,38 @@ def test_the_study_continues_and_final_trainings_replace_the_last_ones(quick: Pa
     assert not (quick / "final.csv").exists()
 
 
+def test_fresh_deletes_nothing_when_the_storage_cannot_be_opened(tmp_path: Path, capsys):
+    assert part2.main([*TINY_RUN, "--stage", "tune", "--output-dir", str(tmp_path)]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    flags = ["--fresh", "--storage", "foo://bar", "--output-dir", str(tmp_path)]
+    assert part2.main([*TINY_RUN, *flags]) == 2
+    assert "storage foo://bar cannot be used" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_finished_finalists_outlive_an_interruption(tmp_path: Path, monkeypatch):
+    hparams = asdict(part2.HParams(batch_size=64))
+    whole = optuna.create_study(direction="maximize")
+    for i in range(3):
+        attributes = {"hparams": hparams | {"dropout": i / 10}}
+        whole.add_trial(optuna.trial.create_trial(value=50.0 + i, user_attrs=attributes))
+
+    def interrupted(function, jobs, places):
+        assert [job[1].dropout for job in jobs] == [0.2, 0.1, 0.0]
+        yield {}, {"held_out_top1_percent": 70.0}
+        yield {"status": "failed", "reason": "why"}, None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(part2, "run_jobs", interrupted)
+    (tmp_path / "finalists.csv").write_text("of an earlier study")
+    with pytest.raises(KeyboardInterrupt):
+        part2.run_finalists(SETTING, whole, 3, 9, CPU, tmp_path)
+    table = pd.read_csv(tmp_path / "finalists.csv")
+    assert table.status.tolist() == ["ok", "failed"]
+    best = json.loads((tmp_path / "best_params.json").read_text())
+    assert (best["trial"], best["epochs"], best["held_out_top1_percent"]) == (2, 9, 70.0)
+
+
 def test_a_configuration_of_another_data_set_is_not_trained(quick: Path, image_folder, capsys):
     flags = ["--dataset", "folder", "--data-dir", str(image_folder), "--image-size", "16"]
     flags += ["--stage", "final", "--study-name", "quick", "--device", "cpu"]

@@ -23,9 +23,16 @@ from tqdm import tqdm
 
 from utils import cli, data, evaluation, timing
 from utils.cost import Shape, count_cost, quantized_share
-from utils.isolation import Worker, peak_memory_mb, recorded, reset_peak_memory
+from utils.isolation import (
+    UnavailableError,
+    Worker,
+    peak_memory_mb,
+    recorded,
+    reset_peak_memory,
+)
 from utils.models import LoadedModel, load_model
 
+NEEDS_CAPABILITY = {"tf32": (8, 0), "fp8": (8, 9)}
 MEMORY_BATCHES = 3
 INPUT_BATCHES = 4  # timed inputs take turns, so that no call finds its images in the cache
 TRANSFER_COLUMNS = {  # column: which of LATENCY_COLUMNS it is, with host-device transfers
@@ -187,6 +194,14 @@ def measure_memory(job: Job, images: np.ndarray) -> dict[str, float | None]:
     reset_peak_memory(job.device)
     time_calls(MEMORY_BATCHES)
     return {"build_peak_memory_mb": build_peak, "peak_memory_mb": peak_memory_mb(job.device)}
+
+
+def check_capability(precision: str) -> None:
+    """UnavailableError if this GPU has no arithmetic of that precision."""
+    needed = NEEDS_CAPABILITY.get(precision, (0, 0))
+    if torch.cuda.get_device_capability() < needed:
+        wanted = ".".join(map(str, needed))
+        raise UnavailableError(f"{precision} needs a GPU of compute capability {wanted} or newer")
 
 
 # --- what the parent does -------------------------------------------------------------------------

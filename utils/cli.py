@@ -133,8 +133,8 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def make_output_dir(path: Path) -> Path:
-    """Create the folder for results and prove that it can be written to, else UserError."""
+def make_output_dir(path: Path, flag: str = "--output-dir") -> Path:
+    """Create the folder that a flag names and prove that it can be written to, else UserError."""
     probe = path / ".write-test"
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def make_output_dir(path: Path) -> Path:
         probe.unlink(missing_ok=True)  # another run may have removed it
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot write to --output-dir {path}: {reason}") from error
+        raise UserError(f"cannot write to {flag} {path}: {reason}") from error
     return path
 
 

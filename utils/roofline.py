@@ -1,7 +1,8 @@
 """What a device can do at most, measured: matrix products in each precision, and copies.
 
-Between them they bound every model from below (Williams et al. 2009, "Roofline"): a call takes at
-least its arithmetic over the first, and at least its bytes over the second.
+Between them they bound a model from below (Williams et al. 2009, "Roofline"): a call takes at least
+its arithmetic over the first and, if its weights come from memory, its bytes over the second. Small
+weights can stay in the cache from one call to the next.
 """
 
 import functools

@@ -66,6 +66,7 @@ def tune(
     default_params: dict[str, Any] | None = None,
     setting: dict[str, Any] | None = None,
     fresh: bool = False,
+    on_open: Callable[[], None] | None = None,
 ) -> optuna.Study:
     """Maximise an objective in worker processes until the study has `trials` finished trials.
 
@@ -81,6 +82,7 @@ def tune(
         device: of type cuda: worker i takes GPU i modulo their number; cpu: they share the threads.
         max_epochs: reports of a trial that runs to its end, in steps 1, 2, …
         timeout: seconds after which no trial is started; the running ones are finished.
+        on_open: called when the storage has been opened and its study may be continued.
         default_params: trial 0 of a new study.
         setting: what all trials must share, in JSON's types; kept in the study's user attributes.
         fresh: delete the study of this name first.
@@ -98,6 +100,8 @@ def tune(
     with mendable(storage, *DATABASE_ERRORS), _signals_noted() as signals:
         study = create_study(storage, study_name, fresh)
         _check_setting(study, setting or {})
+        if on_open is not None:
+            on_open()
         _recover(study)
         if default_params and not study.get_trials(deepcopy=False):
             study.enqueue_trial(default_params, user_attrs={"default": True})
