@@ -114,7 +114,7 @@ def test_help_shows_defaults_and_keeps_the_line_breaks(capsys: pytest.CaptureFix
         script(["--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    for expected in ("[1, 32]", "500", "auto", "False"):
+    for expected in ("1,32", "500", "auto", "False"):
         assert f"(default: {expected})" in text
     assert "What it measures.\n\n    the command that matters" in text
 

@@ -55,7 +55,17 @@ def parse_quick(
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's line breaks and appends each flag's default."""
+    """Keeps the description's line breaks and appends each flag's default, as one would type it.
+
+    A flag without a value of its own says in its text what holds then.
+    """
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default is None:
+            return action.help
+        if isinstance(action.default, list):
+            return f"{action.help} (default: {','.join(map(str, action.default))})"
+        return super()._get_help_string(action)
 
 
 def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
