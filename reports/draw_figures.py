@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from reports import part3_figures
+from reports import part2_figures, part3_figures
 from utils.breakdown import GROUPS
 from utils.figures import drawing
 
@@ -112,6 +112,9 @@ def main() -> int:
     for path in sorted(DATA.glob("part1_*.csv")):
         draw = draw_breakdown if path.stem.endswith("_breakdown") else draw_part1
         for figure in draw(pd.read_csv(path), path.stem.removeprefix("part1_")):
+            print(figure)
+    if (DATA / "part2_trials.csv").exists():
+        for figure in part2_figures.draw_part2(DATA, FIGURES / "part2"):
             print(figure)
     for figure in draw_gpu(DATA / "part3_h100.csv"):
         print(figure)

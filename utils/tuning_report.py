@@ -27,7 +27,9 @@ TRIAL_COLUMNS = (
     *("study", "trial", "state", "reason", "retry_of", "held_out_top1_percent", "epochs"),
     *("parameters", "train_seconds", "setup_seconds", "total_seconds", "started"),
 )
-HISTORY_COLUMNS = ("trial", "state", "epoch", "held_out_top1_percent", "loss", "seconds")
+HISTORY_COLUMNS = (
+    *("study", "trial", "state", "epoch", "held_out_top1_percent", "loss", "seconds"),
+)
 FINAL_COLUMNS = (
     *("study", "configuration", "seed", "epochs", "compiled", "status", "reason", "parameters"),
     *("train_images", "train_seconds", "setup_seconds", "final_loss", "num_images"),
@@ -123,10 +125,11 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else round(value, 2)
 
 
-def history_rows(trial: FrozenTrial) -> list[Row]:
+def history_rows(study_name: str, trial: FrozenTrial) -> list[Row]:
     losses = {epoch["epoch"]: epoch for epoch in trial.user_attrs.get("history", ())}
     return [
         {
+            "study": study_name,
             "trial": trial.number,
             "state": trial.state.name.lower(),
             "epoch": epoch,
@@ -164,7 +167,7 @@ def write_study(study: optuna.Study, names: Sequence[str], folder: Path) -> None
     """
     trials = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
     rows = [trial_row(study.study_name, trial, names) for trial in trials]
-    history = [row for trial in trials for row in history_rows(trial)]
+    history = [row for trial in trials for row in history_rows(study.study_name, trial)]
     results.write_csv(folder / "trials.csv", rows, (*TRIAL_COLUMNS, *names))
     results.write_csv(folder / "history.csv", history, HISTORY_COLUMNS)
     best = next(iter(best_trials(study, 1)), None)
