@@ -38,7 +38,7 @@ from utils.breakdown import BREAKDOWN_COLUMNS, break_down
 from utils.cost import state_bytes
 from utils.isolation import UnavailableError
 from utils.models import load_model, scored_logits
-from utils.onnx_tools import export_onnx, onnx_int8_shapes, onnx_session
+from utils.onnx_tools import export_onnx, onnx_bytes, onnx_int8_shapes, onnx_session
 
 COLUMNS = (
     *("model", "dataset", "candidate", "device", "threads", "batch_size", "status", "reason"),
@@ -167,7 +167,7 @@ def build_onnx_fp32(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """ONNX Runtime, float32."""
     path, seconds = export_onnx(module, example, Path(job.folder))
     call = onnx_session(path, job.threads)
-    return Variant(call, path.stat().st_size, [], seconds, onnx_path=path)
+    return Variant(call, onnx_bytes(path), [], seconds, onnx_path=path)
 
 
 def build_onnx_int8(module: nn.Module, example: Tensor, job: Job) -> Variant:
@@ -189,7 +189,7 @@ def build_onnx_int8(module: nn.Module, example: Tensor, job: Job) -> Variant:
     )
     shapes = onnx_int8_shapes(quantized)
     call = onnx_session(quantized, job.threads)
-    return Variant(call, quantized.stat().st_size, shapes, seconds, onnx_path=quantized)
+    return Variant(call, onnx_bytes(quantized), shapes, seconds, onnx_path=quantized)
 
 
 CANDIDATES: dict[str, tuple[Build, str]] = {  # name: how to build it, and where it runs
@@ -386,6 +386,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         list_candidates()
         return 0
     device = cli.pick_device(args.device).type
+    cli.check_threads(args.threads)
     if args.breakdown and device == "cuda":
         raise cli.UserError("--breakdown profiles a CPU: add --device cpu")
     names = choose_candidates(args.candidates, device)

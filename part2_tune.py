@@ -619,7 +619,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tune-epochs", type=number, default=15, help="epochs of each trial")
     add("--finalists", type=number, default=4, help="best trials trained again at full length")
     add("--sampler", choices=study.SAMPLERS, default="tpe", help="how configurations are chosen")
-    add("--pruner", choices=study.PRUNERS, default="asha", help="which trials end early")
+    add("--pruner", choices=study.PRUNERS, default="hyperband", help="which trials end early")
     add("--storage", help="journal file or database URL; study.journal in the output folder")
     add("--study-name", default=STUDY_NAME, help="others than this write to a folder of that name")
     add("--fresh", action="store_true", help="delete this study and its results, and start anew")
@@ -724,6 +724,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Tune, train the best and the default configuration, report."""
     args = parse_args(argv)
     device = cli.pick_device(args.device)
+    cli.check_threads([args.threads])
     cli.check_name(args.dataset, data.DATASETS, "data set")
     for name in args.configurations:
         cli.check_name(name, CONFIGURATIONS, "configuration")

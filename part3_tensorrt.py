@@ -56,7 +56,7 @@ from utils.onnx_graphs import (
     load_calibration,
     require_parity,
 )
-from utils.onnx_tools import onnx_cuda_session, onnx_session
+from utils.onnx_tools import onnx_bytes, onnx_cuda_session, onnx_session
 from utils.roofline import CEILING_COLUMNS, measure_ceilings
 from utils.training import capture, memory_format
 
@@ -137,7 +137,7 @@ def build_onnxruntime(module: nn.Module, example: Tensor, job: Any) -> Variant:
         call = onnx_cuda_session(job.onnx)
     else:
         call = onnx_session(job.onnx, job.threads)
-    return Variant(call, job.onnx.stat().st_size, [])
+    return Variant(call, onnx_bytes(job.onnx), [])
 
 
 def build_tensorrt(module: nn.Module, example: Tensor, job: Any) -> Variant:
@@ -454,6 +454,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         list_candidates()
         return 0
     device = cli.pick_device(args.device).type
+    cli.check_threads(args.threads)
     names = choose_candidates(args.candidates, device)
     cli.check_name(args.dataset, data.DATASETS, "data set")
     cli.seed_everything(args.seed)  # as in the workers: untrained weights must be the same

@@ -210,3 +210,10 @@ def test_8_bit_weight_shapes_are_outputs_by_inputs(tmp_path: Path):
     graph = onnx.helper.make_graph([], "g", [], [], [weight, other])
     onnx.save(onnx.helper.make_model(graph), tmp_path / "w.onnx")
     assert onnx_tools.onnx_int8_shapes(tmp_path / "w.onnx") == [(6, 4)]
+
+
+def test_size_counts_external_data(tmp_path: Path):
+    (tmp_path / "model.onnx").write_bytes(b"12345")
+    (tmp_path / "model.onnx.data").write_bytes(b"678")
+    (tmp_path / "other.onnx").write_bytes(b"9")
+    assert onnx_tools.onnx_bytes(tmp_path / "model.onnx") == 8

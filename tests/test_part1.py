@@ -210,6 +210,7 @@ def test_share_counts_layers_parameters_and_multiply_adds():
         (["--batch-sizes", "1,x"], "at least 1"),
         (["--num-images", "361"], "has 360 images"),
         (["--threads", "0"], "at least 1"),
+        (["--threads", "1000000"], "this machine has"),
         (["--rounds", "-1"], "at least 1"),
         (["--block-seconds", "nan"], "above 0"),
         (["--max-slowdown", "0"], "above 0"),

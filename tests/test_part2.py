@@ -421,6 +421,7 @@ def test_sigterm_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path: Path)
         ["--device", "tpu"],
         ["--device", "cuda"],
         ["--threads", "0"],
+        ["--threads", "1000000"],
         ["--seed", "-1"],
         ["--output-dir", "/proc/none"],
         ["--stage", "final"],  # without a study

@@ -624,6 +624,7 @@ def test_graph_names_stay_inside_the_engine_folder(tmp_path: Path):
         (["--batch-sizes", "1,x"], "at least 1"),
         (["--num-images", "361"], "has 360 images"),
         (["--threads", "0"], "at least 1"),
+        (["--threads", "1,1000000"], "this machine has"),
         (["--rounds", "-1"], "at least 1"),
         (["--block-seconds", "nan"], "above 0"),
         (["--seed", "-1"], "whole number from 0"),

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import functools
 import math
+import os
 import random
 import signal
 import sys
@@ -141,6 +142,13 @@ def pick_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise UserError("--device cuda: PyTorch finds no usable NVIDIA GPU; use --device cpu")
     return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def check_threads(threads: Iterable[int]) -> None:
+    """UserError for more CPU threads than this machine has cores: a library may crash on them."""
+    cores = os.cpu_count() or 1
+    if (most := max(threads)) > cores:
+        raise UserError(f"--threads {most}: this machine has {cores} cores")
 
 
 def make_output_dir(path: Path, flag: str = "--output-dir") -> Path:
