@@ -30,6 +30,7 @@ from utils.benchmark import (
     Job,
     Variant,
     add_memory,
+    allow_tf32,
     check_capability,
     load_image_sets,
     measure_block,
@@ -88,15 +89,13 @@ def build_fp32_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
 
 def build_tf32(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Float32 with TF32 matrix products, eager (GPU)."""
-    check_capability("tf32")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    allow_tf32()
     return build_fp32(module, example, job)
 
 
 def build_tf32_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Float32 with TF32 matrix products, by torch.compile (GPU)."""
-    check_capability("tf32")
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    allow_tf32()
     return build_fp32_compile(module, example, job)
 
 

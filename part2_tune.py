@@ -493,7 +493,7 @@ def train_finalist(
     network = start_network(hparams, len(held_out.classes), device, setting.seed)
     history = train_to_the_end(network, hparams, task, epochs, compiled=False)
     return {
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": count_parameters(hparams, len(held_out.classes)),
         "train_seconds": round(history[-1].seconds, 2),
         "held_out_top1_percent": evaluate(network, held_out, task, half=True)["top1_percent"],
     }
@@ -532,7 +532,7 @@ def train_final(
     state = models.round_to_half(network)
     scores = evaluate(network, test_set, task, half=False)
     row = {
-        "parameters": sum(p.numel() for p in network.parameters()),
+        "parameters": count_parameters(hparams, len(test_set.classes)),
         "train_images": len(task.images),
         "train_seconds": round(history[-1].seconds, 2),
         "setup_seconds": round(history[-1].setup_seconds, 2),

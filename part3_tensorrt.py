@@ -39,6 +39,7 @@ from utils.benchmark import (
     Predict,
     Variant,
     add_reason,
+    allow_tf32,
     check_capability,
     load_image_sets,
     measure_block,
@@ -219,8 +220,7 @@ def prepare(module: nn.Module, example: Tensor, precision: str) -> Callable[[Ten
     process.
     """
     if precision == "tf32":
-        check_capability(precision)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        allow_tf32()
     dtype = torch.float16 if precision == "fp16" else torch.float32
     layout = memory_format(example.device)
     module = module.to(dtype).to(memory_format=layout)

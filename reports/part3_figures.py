@@ -98,14 +98,19 @@ def draw_parts(parts: pd.DataFrame, path: Path) -> None:
         axes.legend(fontsize=8)
 
 
+def rates(ceilings: pd.DataFrame) -> tuple["pd.Series[float]", float]:
+    """TFLOP/s by precision, and GB/s of a copy."""
+    by_name = ceilings.set_index("ceiling")
+    return by_name.tflops.dropna(), float(by_name.gb_per_s["copy"])
+
+
 def roofline_rows(rows: pd.DataFrame, ceilings: pd.DataFrame) -> pd.DataFrame:
     """ROOFLINE_COLUMNS of the rows in PRECISION_COLOURS: how far each call is from its floor.
 
     The floor is the longer of its arithmetic at the rate of a large matrix product, and of its
     least bytes (weights and images, each once) at the rate of a copy.
     """
-    tflops = ceilings.dropna(subset="tflops").set_index("ceiling").tflops
-    gb_per_s = ceilings.set_index("ceiling").gb_per_s["copy"]
+    tflops, gb_per_s = rates(ceilings)
     rows = rows[(rows.status == "ok") & rows.precision.isin(PRECISION_COLOURS)]
     gflop = rows.gflop_per_image * rows.batch_size
     image_mb = rows.batch_size * 3 * rows.image_size**2 * BYTES_PER_VALUE / 1e6
@@ -123,8 +128,7 @@ def roofline_rows(rows: pd.DataFrame, ceilings: pd.DataFrame) -> pd.DataFrame:
 
 def draw_roofline(rows: pd.DataFrame, ceilings: pd.DataFrame, path: Path) -> None:
     """Arithmetic rate against intensity, below the measured ceilings; compiled candidates."""
-    tflops = ceilings.dropna(subset="tflops").set_index("ceiling").tflops
-    gb_per_s = ceilings.set_index("ceiling").gb_per_s["copy"]
+    tflops, gb_per_s = rates(ceilings)
     with drawing(path) as axes:
         x = [1.0, 1e5]
         for precision, colour in PRECISION_COLOURS.items():

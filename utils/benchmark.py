@@ -137,10 +137,13 @@ def predict_logits(images: np.ndarray) -> np.ndarray:
 
 def load_inputs(images: np.ndarray) -> None:
     """Preprocess uint8 images `[K * B, 3, H, W]` into the K batches that will be timed."""
-    job = _served["job"]
+    _served["inputs"] = split_inputs(images, _served["preprocessing"], _served["job"])
+
+
+def split_inputs(images: np.ndarray, how: data.Preprocessing, job: Job) -> list[Tensor]:
+    """Batches of the job's size, preprocessed, on its device."""
     batches = torch.from_numpy(images).split(job.batch_size)
-    how = _served["preprocessing"]
-    _served["inputs"] = [data.preprocess(batch, how, job.device) for batch in batches]
+    return [data.preprocess(batch, how, job.device) for batch in batches]
 
 
 def load_host_inputs() -> None:
@@ -202,6 +205,12 @@ def check_capability(precision: str) -> None:
     if torch.cuda.get_device_capability() < needed:
         wanted = ".".join(map(str, needed))
         raise UnavailableError(f"{precision} needs a GPU of compute capability {wanted} or newer")
+
+
+def allow_tf32() -> None:
+    """TF32 matrix products and convolutions in this process; UnavailableError without them."""
+    check_capability("tf32")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
 
 # --- what the parent does -------------------------------------------------------------------------

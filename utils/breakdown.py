@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from utils import data, timing
-from utils.benchmark import Job, build_variant, prepare_process
+from utils import timing
+from utils.benchmark import Job, build_variant, prepare_process, split_inputs
 from utils.isolation import Worker, recorded
 from utils.onnx_tools import onnx_session_options
 
@@ -157,8 +157,7 @@ def measure_breakdown(job: Job, images: np.ndarray) -> list[dict[str, Any]]:
     prepare_process(job)
     model = job.load(job.model, job.untrained)
     variant, _ = build_variant(model, job)
-    batches = torch.from_numpy(images).split(job.batch_size)
-    inputs = [data.preprocess(batch, model.preprocessing, job.device) for batch in batches]
+    inputs = split_inputs(images, model.preprocessing, job)
     time_calls = functools.partial(timing.time_block, variant.call, inputs)
     calls = timing.calls_per_block(timing.warm_up(time_calls), ROUND_SECONDS, MOST_CALLS)
     profile: Profile = functools.partial(profile_torch, variant.call)

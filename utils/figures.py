@@ -1,9 +1,12 @@
-"""Figures as files: written to a temporary name, then renamed."""
+"""Figures as files that are whole or absent."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from utils.files import replace_file
 
 
 @contextlib.contextmanager
@@ -13,6 +16,6 @@ def drawing(path: Path, columns: int = 1, sharey: bool = True) -> Iterator[Any]:
 
     figure = Figure(figsize=(max(7, 4 * columns), 4), layout="tight")
     yield figure.subplots(1, columns, sharey=sharey)
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary, dpi=120)
-    temporary.replace(path)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    replace_file(path, image.getvalue())

@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from utils.cli import UserError, check_name, first_line
 from utils.data import ImageSet, Preprocessing
+from utils.files import replace_file
 
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
 WNIDS_FILE = Path(__file__).with_name("imagenet_wnids.txt")  # the 1000 ids in logit order
@@ -353,12 +354,10 @@ def write_checkpoint(
         "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         **about,
     }
-    temporary = path.with_suffix(".tmp")
-    save_file(checkpoint.state, temporary)
-    card["sha256"] = sha256_of(temporary)
-    temporary.replace(path)
-    temporary.write_text(json.dumps(card, indent=1) + "\n")
-    temporary.replace(path.with_suffix(".json"))
+    weights = save(checkpoint.state)
+    card["sha256"] = hashlib.sha256(weights).hexdigest()
+    replace_file(path, weights)
+    replace_file(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
 
 
 def load_checkpoint(
