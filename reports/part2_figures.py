@@ -8,10 +8,13 @@ from utils import tuning_report
 from utils.figures import drawing
 
 MAIN_STUDY = "smallcnn"
+FIRST_RUNG = 3  # epochs, before which the pruner ends no trial
 
 
 def draw_part2(data: Path, folder: Path) -> list[Path]:
     """The main study's own figures, every final training, and one search against another.
+
+    Beside the CSV files it reads it writes part2_optimizers.csv.
 
     Args:
         data: holds part2_trials.csv, part2_history.csv and part2_final.csv, each of one or several
@@ -31,8 +34,28 @@ def draw_part2(data: Path, folder: Path) -> list[Path]:
     )
     tuning_report.draw_final(rows_of(named[named.status == "ok"]), folder)
     draw_searches(trials, folder / "searches.png")
+    optimizers = compare_optimizers(trials, history, FIRST_RUNG)
+    optimizers.to_csv(data / "part2_optimizers.csv", index=False)
     names = (*tuning_report.FIGURES, "searches.png")
     return [folder / name for name in names if (folder / name).exists()]
+
+
+def compare_optimizers(trials: pd.DataFrame, history: pd.DataFrame, epoch: int) -> pd.DataFrame:
+    """Held-out top-1 after an epoch that every trial reaches, by study and optimiser.
+
+    Unlike the importances, which see the survivors of the pruner alone, this is a comparison of all
+    trials; in random search the optimisers meet configurations of the same distribution.
+    """
+    keys = ["study", "optimizer"]
+    early = history[history.epoch == epoch].merge(trials[["study", "trial", "optimizer"]])
+    table = early.groupby(keys, sort=False).held_out_top1_percent.agg(["count", "mean", "max"])
+    complete = trials[trials.state == "complete"].groupby(keys).size()
+    table = table.assign(complete=complete).fillna({"complete": 0}).reset_index()
+    table.insert(2, "epoch", epoch)
+    renamed = table.rename(
+        columns={"count": "trials", "mean": "top1_percent_mean", "max": "top1_percent_best"}
+    )
+    return renamed.astype({"complete": int}).round(2)
 
 
 def rows_of(table: pd.DataFrame) -> list[tuning_report.Row]:

@@ -25,9 +25,24 @@ def test_the_best_so_far_is_a_complete_trial():
     assert line.best.tolist() == [70.0, 70.0, 70.0, 72.0]
 
 
+def test_optimizers_are_compared_over_all_trials_of_a_study():
+    trials = TRIALS.assign(optimizer=["muon", "muon", "sgd", "muon", "sgd"])
+    keys = trials[["study", "trial"]]
+    history = pd.concat(
+        [keys.assign(epoch=e, held_out_top1_percent=[10.0, 20, 30, 60, 50]) for e in (1, 3)]
+    )
+    found = figures.compare_optimizers(trials, history, 3).to_dict("records")
+    names = ("study", "optimizer", "trials", "top1_percent_mean", "top1_percent_best", "complete")
+    assert [tuple(row[name] for name in names) for row in found] == [
+        ("smallcnn", "muon", 3, 30.0, 60.0, 3),
+        ("smallcnn", "sgd", 1, 30.0, 30.0, 0),
+        ("random", "sgd", 1, 50.0, 50.0, 1),
+    ]
+
+
 def test_every_figure_is_drawn_from_tables(tmp_path: Path):
-    TRIALS.assign(width=[1, 2, 3, 4, 5]).to_csv(tmp_path / "part2_trials.csv")
-    history = {"study": "smallcnn", "trial": 0, "state": "complete", "epoch": [1, 2]}
+    TRIALS.assign(width=[1, 2, 3, 4, 5], optimizer="muon").to_csv(tmp_path / "part2_trials.csv")
+    history = {"study": "smallcnn", "trial": 0, "state": "complete", "epoch": [1, 3]}
     pd.DataFrame(history | {"held_out_top1_percent": [1.0, 2.0]}).to_csv(
         tmp_path / "part2_history.csv"
     )
