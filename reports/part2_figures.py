@@ -14,11 +14,12 @@ FIRST_RUNG = 3  # epochs, before which the pruner ends no trial
 def draw_part2(data: Path, folder: Path) -> list[Path]:
     """The main study's own figures, every final training, and one search against another.
 
-    Beside the CSV files it reads it writes part2_optimizers.csv.
+    It also writes part2_optimizers.csv, part2_costs.csv and part2_workers.csv.
 
     Args:
-        data: holds part2_trials.csv, part2_history.csv and part2_final.csv, each of one or several
-            studies, and the main study's part2_importances.csv.
+        data: holds part2_trials.csv, part2_history.csv, part2_finalists.csv and part2_final.csv,
+            each of one or several studies, the main study's part2_importances.csv, and
+            part2_probe_trials.csv, where every number of `workers` ran the same trials.
     """
     folder.mkdir(exist_ok=True)
     trials, history, final = (
@@ -34,28 +35,67 @@ def draw_part2(data: Path, folder: Path) -> list[Path]:
     )
     tuning_report.draw_final(rows_of(named[named.status == "ok"]), folder)
     draw_searches(trials, folder / "searches.png")
-    optimizers = compare_optimizers(trials, history, FIRST_RUNG)
-    optimizers.to_csv(data / "part2_optimizers.csv", index=False)
+    finalists, probe = (pd.read_csv(data / f"part2_{x}.csv") for x in ("finalists", "probe_trials"))
+    derived = {
+        "optimizers": compare_optimizers(trials, history, FIRST_RUNG),
+        "costs": summarize_costs(trials, finalists),
+        "workers": compare_workers(probe),
+    }
+    for name, table in derived.items():
+        table.to_csv(data / f"part2_{name}.csv", index=False)
     names = (*tuning_report.FIGURES, "searches.png")
     return [folder / name for name in names if (folder / name).exists()]
 
 
 def compare_optimizers(trials: pd.DataFrame, history: pd.DataFrame, epoch: int) -> pd.DataFrame:
-    """Held-out top-1 after an epoch that every trial reaches, by study and optimiser.
+    """Mean held-out top-1 after an epoch that every trial reaches, by optimiser and batch size.
 
-    Unlike the importances, which see the survivors of the pruner alone, this is a comparison of all
-    trials; in random search the optimisers meet configurations of the same distribution.
+    Unlike the importances, which see the survivors of the pruner alone, this compares all trials.
+    `complete_top1_percent_best` is the best after all epochs, of those that had them.
     """
-    keys = ["study", "optimizer"]
-    early = history[history.epoch == epoch].merge(trials[["study", "trial", "optimizer"]])
-    table = early.groupby(keys, sort=False).held_out_top1_percent.agg(["count", "mean", "max"])
-    complete = trials[trials.state == "complete"].groupby(keys).size()
-    table = table.assign(complete=complete).fillna({"complete": 0}).reset_index()
-    table.insert(2, "epoch", epoch)
-    renamed = table.rename(
-        columns={"count": "trials", "mean": "top1_percent_mean", "max": "top1_percent_best"}
-    )
-    return renamed.astype({"complete": int}).round(2)
+    keys = ["study", "optimizer", "batch_size"]
+    early = history[history.epoch == epoch].merge(trials[["study", "trial", *keys[1:]]])
+    table = early.groupby(keys).held_out_top1_percent.agg(["count", "mean"])
+    complete = trials[trials.state == "complete"].groupby(keys).held_out_top1_percent
+    table = table.assign(complete=complete.size(), best=complete.max()).reset_index()
+    table["complete"] = table.complete.fillna(0).astype(int)
+    table.insert(3, "epoch", epoch)
+    names = {"count": "trials", "mean": "top1_percent_mean", "best": "complete_top1_percent_best"}
+    return table.rename(columns=names).round(2)
+
+
+def span_seconds(trials: pd.DataFrame) -> float:
+    """From the start of the first trial to the end of the last one."""
+    begun = pd.to_datetime(trials.started)
+    return float(((begun - begun.min()).dt.total_seconds() + trials.total_seconds).max())
+
+
+def summarize_costs(trials: pd.DataFrame, finalists: pd.DataFrame) -> pd.DataFrame:
+    """What each study took; the finalists' seconds are summed over the GPUs."""
+    rows = []
+    for study, group in trials.groupby("study", sort=False):
+        states = group.state.value_counts()
+        full = group.epochs.max() * len(group)
+        row = {"study": study, "trials": len(group)}
+        row |= {state: int(states.get(state, 0)) for state in ("complete", "pruned", "fail")}
+        row |= {"epochs": group.epochs.sum(), "epochs_without_pruner": full}
+        row |= {"epochs_saved_percent": 100 * (1 - group.epochs.sum() / full)}
+        row |= {"trials_seconds": span_seconds(group)}
+        row["finalists_seconds"] = finalists[finalists.study == study].train_seconds.sum()
+        rows.append(row)
+    return pd.DataFrame(rows).round(1)
+
+
+def compare_workers(probe: pd.DataFrame) -> pd.DataFrame:
+    """Speed of the same trials by several numbers of `workers`; setup is the longest one's."""
+    rows = []
+    for workers, group in probe.groupby("workers"):
+        seconds, setup, epochs = span_seconds(group), group.setup_seconds.max(), group.epochs.sum()
+        row = {"workers": workers, "trials": len(group), "epochs": epochs, "seconds": seconds}
+        row |= {"setup_seconds": setup, "trials_per_minute": 60 * len(group) / seconds}
+        row["epochs_per_minute_after_setup"] = 60 * epochs / (seconds - setup)
+        rows.append(row)
+    return pd.DataFrame(rows).round(1)
 
 
 def rows_of(table: pd.DataFrame) -> list[tuning_report.Row]:

@@ -26,22 +26,62 @@ def test_the_best_so_far_is_a_complete_trial():
 
 
 def test_optimizers_are_compared_over_all_trials_of_a_study():
-    trials = TRIALS.assign(optimizer=["muon", "muon", "sgd", "muon", "sgd"])
+    trials = TRIALS.assign(optimizer=["muon", "muon", "sgd", "muon", "sgd"], batch_size=64)
     keys = trials[["study", "trial"]]
     history = pd.concat(
         [keys.assign(epoch=e, held_out_top1_percent=[10.0, 20, 30, 60, 50]) for e in (1, 3)]
     )
-    found = figures.compare_optimizers(trials, history, 3).to_dict("records")
-    names = ("study", "optimizer", "trials", "top1_percent_mean", "top1_percent_best", "complete")
-    assert [tuple(row[name] for name in names) for row in found] == [
-        ("smallcnn", "muon", 3, 30.0, 60.0, 3),
-        ("smallcnn", "sgd", 1, 30.0, 30.0, 0),
-        ("random", "sgd", 1, 50.0, 50.0, 1),
+    found = figures.compare_optimizers(trials, history, 3).fillna(-1.0)
+    names = ["study", "optimizer", "trials", "top1_percent_mean", "complete"]
+    assert found[[*names, "complete_top1_percent_best"]].to_numpy().tolist() == [
+        ["random", "sgd", 1, 50.0, 1, 65.0],
+        ["smallcnn", "muon", 3, 30.0, 3, 72.0],
+        ["smallcnn", "sgd", 1, 30.0, 0, -1.0],
     ]
 
 
+def timed(seconds: list[float]) -> pd.DataFrame:
+    """Trials that start at 0, 1, 2 … seconds and take so long."""
+    starts = [f"2026-01-01T00:00:0{i}" for i in range(len(seconds))]
+    return pd.DataFrame({"started": starts, "total_seconds": seconds})
+
+
+def test_costs_of_a_study():
+    trials = TRIALS.assign(**timed([1.0, 9.0, 3.0, 4.0, 2.0]))
+    finalists = pd.DataFrame({"study": ["smallcnn"] * 2, "train_seconds": [5.0, 6.5]})
+    first, other = figures.summarize_costs(trials, finalists).to_dict("records")
+    assert first == {
+        "study": "smallcnn",
+        "trials": 4,
+        "complete": 3,
+        "pruned": 1,
+        "fail": 0,
+        "epochs": 48,
+        "epochs_without_pruner": 60,
+        "epochs_saved_percent": 20.0,
+        "trials_seconds": 10.0,
+        "finalists_seconds": 11.5,
+    }
+    assert other["trials_seconds"] == 2.0
+    assert other["finalists_seconds"] == 0
+
+
+def test_speed_of_several_workers():
+    probe = timed([11.0, 5.0]).assign(workers=2, epochs=3, setup_seconds=[1.0, 0.5])
+    (row,) = figures.compare_workers(probe).to_dict("records")
+    assert row["seconds"] == 11.0
+    assert row["setup_seconds"] == 1.0
+    assert row["trials_per_minute"] == 10.9
+    assert row["epochs_per_minute_after_setup"] == 36.0
+
+
 def test_every_figure_is_drawn_from_tables(tmp_path: Path):
-    TRIALS.assign(width=[1, 2, 3, 4, 5], optimizer="muon").to_csv(tmp_path / "part2_trials.csv")
+    times = timed([1.0, 2.0, 3.0, 4.0, 5.0])
+    trials = TRIALS.assign(width=[1, 2, 3, 4, 5], optimizer="muon", batch_size=64, **times)
+    trials.to_csv(tmp_path / "part2_trials.csv")
+    trials.assign(workers=1, setup_seconds=0.5).to_csv(tmp_path / "part2_probe_trials.csv")
+    finalists = pd.DataFrame({"study": ["smallcnn"], "train_seconds": 5.0})
+    finalists.to_csv(tmp_path / "part2_finalists.csv")
     history = {"study": "smallcnn", "trial": 0, "state": "complete", "epoch": [1, 3]}
     pd.DataFrame(history | {"held_out_top1_percent": [1.0, 2.0]}).to_csv(
         tmp_path / "part2_history.csv"
