@@ -99,12 +99,14 @@ def draw_breakdown(table: pd.DataFrame, name: str) -> list[Path]:
 def draw_gpu(path: Path) -> list[Path]:
     """Part 3's figures of one GPU; with its ceilings also the table of distances from them."""
     table, ceilings_path = pd.read_csv(path), path.with_stem(f"{path.stem}_ceilings")
-    if not ceilings_path.exists():
-        return part3_figures.draw_part3(table, None, FIGURES)
-    ceilings = pd.read_csv(ceilings_path)
-    roofline = part3_figures.roofline_rows(table, ceilings)
-    roofline.to_csv(path.with_stem(f"{path.stem}_roofline"), index=False)
-    return part3_figures.draw_part3(table, ceilings, FIGURES)
+    drawn = part3_figures.draw_part3(table, FIGURES)
+    if ceilings_path.exists():
+        ceilings = pd.read_csv(ceilings_path)
+        roofline = part3_figures.roofline_rows(table, ceilings)
+        roofline.to_csv(path.with_stem(f"{path.stem}_roofline"), index=False)
+        drawn.append(FIGURES / "part3_roofline.png")
+        part3_figures.draw_roofline(roofline, ceilings, drawn[-1])
+    return drawn
 
 
 def main() -> int:
@@ -114,6 +116,7 @@ def main() -> int:
         for figure in draw(pd.read_csv(path), path.stem.removeprefix("part1_")):
             print(figure)
     if (DATA / "part2_trials.csv").exists():
+        part2_figures.write_tables(DATA)
         for figure in part2_figures.draw_part2(DATA, FIGURES / "part2"):
             print(figure)
     for figure in draw_gpu(DATA / "part3_h100.csv"):

@@ -1,4 +1,4 @@
-"""Figures of Part 2, from the CSV files of its studies; `study` tells these apart."""
+"""Figures and derived tables of Part 2, from its studies' CSV files; `study` tells these apart."""
 
 from pathlib import Path
 
@@ -8,18 +8,14 @@ from utils import tuning_report
 from utils.figures import drawing
 
 MAIN_STUDY = "smallcnn"
-FIRST_RUNG = 3  # epochs, before which the pruner ends no trial
 
 
 def draw_part2(data: Path, folder: Path) -> list[Path]:
     """The main study's own figures, every final training, and one search against another.
 
-    It also writes part2_optimizers.csv, part2_costs.csv and part2_workers.csv.
-
     Args:
-        data: holds part2_trials.csv, part2_history.csv, part2_finalists.csv and part2_final.csv,
-            each of one or several studies, the main study's part2_importances.csv, and
-            part2_probe_trials.csv, where every number of `workers` ran the same trials.
+        data: holds part2_trials.csv, part2_history.csv and part2_final.csv, each of one or several
+            studies, and the main study's part2_importances.csv.
     """
     folder.mkdir(exist_ok=True)
     trials, history, final = (
@@ -35,16 +31,30 @@ def draw_part2(data: Path, folder: Path) -> list[Path]:
     )
     tuning_report.draw_final(rows_of(named[named.status == "ok"]), folder)
     draw_searches(trials, folder / "searches.png")
-    finalists, probe = (pd.read_csv(data / f"part2_{x}.csv") for x in ("finalists", "probe_trials"))
+    names = (*tuning_report.FIGURES, "searches.png")
+    return [folder / name for name in names if (folder / name).exists()]
+
+
+def write_tables(data: Path) -> None:
+    """Write part2_optimizers.csv, part2_costs.csv and part2_workers.csv.
+
+    Args:
+        data: holds part2_trials.csv, part2_history.csv and part2_finalists.csv, each of one or
+            several studies, and part2_probe_trials.csv, where every number of `workers` ran the
+            same trials.
+    """
+    trials, history, finalists, probe = (
+        pd.read_csv(data / f"part2_{name}.csv")
+        for name in ("trials", "history", "finalists", "probe_trials")
+    )
+    shortest = int(trials.epochs.min())  # before it the pruner ended no trial
     derived = {
-        "optimizers": compare_optimizers(trials, history, FIRST_RUNG),
+        "optimizers": compare_optimizers(trials, history, shortest),
         "costs": summarize_costs(trials, finalists),
         "workers": compare_workers(probe),
     }
     for name, table in derived.items():
         table.to_csv(data / f"part2_{name}.csv", index=False)
-    names = (*tuning_report.FIGURES, "searches.png")
-    return [folder / name for name in names if (folder / name).exists()]
 
 
 def compare_optimizers(trials: pd.DataFrame, history: pd.DataFrame, epoch: int) -> pd.DataFrame:

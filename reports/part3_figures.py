@@ -14,8 +14,8 @@ ROOFLINE_COLUMNS = [
 ]
 
 
-def draw_part3(table: pd.DataFrame, ceilings: pd.DataFrame | None, folder: Path) -> list[Path]:
-    """Latency and throughput, what a speedup is made of and, if measured, the roofline."""
+def draw_part3(table: pd.DataFrame, folder: Path) -> list[Path]:
+    """Of each model: latency and throughput, and what a speedup is made of."""
     ok = table[table.status == "ok"]
     drawn = []
     for model in ok.model.unique():
@@ -23,9 +23,6 @@ def draw_part3(table: pd.DataFrame, ceilings: pd.DataFrame | None, folder: Path)
         drawn += [folder / f"{stem}_latency.png", folder / f"{stem}_speedup.png"]
         draw_latency(rows, drawn[-2])
         draw_parts(speedup_parts(rows), drawn[-1])
-    if ceilings is not None:
-        drawn.append(folder / "part3_roofline.png")
-        draw_roofline(roofline_rows(table, ceilings), ceilings, drawn[-1])
     return drawn
 
 

@@ -79,9 +79,6 @@ def test_every_figure_is_drawn_from_tables(tmp_path: Path):
     times = timed([1.0, 2.0, 3.0, 4.0, 5.0])
     trials = TRIALS.assign(width=[1, 2, 3, 4, 5], optimizer="muon", batch_size=64, **times)
     trials.to_csv(tmp_path / "part2_trials.csv")
-    trials.assign(workers=1, setup_seconds=0.5).to_csv(tmp_path / "part2_probe_trials.csv")
-    finalists = pd.DataFrame({"study": ["smallcnn"], "train_seconds": 5.0})
-    finalists.to_csv(tmp_path / "part2_finalists.csv")
     history = {"study": "smallcnn", "trial": 0, "state": "complete", "epoch": [1, 3]}
     pd.DataFrame(history | {"held_out_top1_percent": [1.0, 2.0]}).to_csv(
         tmp_path / "part2_history.csv"
@@ -101,3 +98,19 @@ def test_every_figure_is_drawn_from_tables(tmp_path: Path):
     drawn = figures.draw_part2(tmp_path, tmp_path / "figures")
     assert [path.name for path in drawn] == [*tuning_report.FIGURES, "searches.png"]
     assert all(path.stat().st_size > 5000 for path in drawn)
+
+
+def test_tables_are_derived_from_the_trials(tmp_path: Path):
+    trials = TRIALS.assign(optimizer="muon", batch_size=64, **timed([1.0, 2.0, 3.0, 4.0, 5.0]))
+    history = trials[["study", "trial"]].assign(epoch=3, held_out_top1_percent=20.0)
+    finalists = pd.DataFrame({"study": ["smallcnn"], "train_seconds": 5.0})
+    probe = trials.assign(workers=1, setup_seconds=0.5)
+    given = {"trials": trials, "history": history, "finalists": finalists, "probe_trials": probe}
+    for name, table in given.items():
+        table.to_csv(tmp_path / f"part2_{name}.csv", index=False)
+    figures.write_tables(tmp_path)
+    found = pd.read_csv(tmp_path / "part2_optimizers.csv")
+    assert found.epoch.tolist() == [3, 3]  # the shortest trial's last
+    assert found.trials.tolist() == [1, 4]
+    assert pd.read_csv(tmp_path / "part2_costs.csv").finalists_seconds.tolist() == [5.0, 0.0]
+    assert pd.read_csv(tmp_path / "part2_workers.csv").trials.tolist() == [5]

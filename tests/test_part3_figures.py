@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from reports import draw_figures
 from reports import part3_figures as figures
 
 CEILINGS = pd.DataFrame(
@@ -72,9 +73,13 @@ def test_the_floor_is_the_longer_of_arithmetic_and_memory():
     assert small["bound"] == "memory"
 
 
-def test_every_figure_is_drawn(tmp_path: Path):
-    without = figures.draw_part3(TABLE, None, tmp_path)
+def test_every_figure_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(draw_figures, "FIGURES", tmp_path)
+    TABLE.to_csv(tmp_path / "gpu.csv", index=False)
+    without = draw_figures.draw_gpu(tmp_path / "gpu.csv")
     assert [path.name for path in without] == ["part3_m_latency.png", "part3_m_speedup.png"]
-    drawn = figures.draw_part3(TABLE, CEILINGS, tmp_path)
+    CEILINGS.to_csv(tmp_path / "gpu_ceilings.csv", index=False)
+    drawn = draw_figures.draw_gpu(tmp_path / "gpu.csv")
     assert drawn[-1].name == "part3_roofline.png"
     assert all(path.stat().st_size > 5000 for path in drawn)
+    assert len(pd.read_csv(tmp_path / "gpu_roofline.csv")) == 5
