@@ -36,22 +36,23 @@ def draw_part2(data: Path, folder: Path) -> list[Path]:
 
 
 def write_tables(data: Path) -> None:
-    """Write part2_optimizers.csv, part2_costs.csv and part2_workers.csv.
+    """Write part2_optimizers.csv, part2_costs.csv, part2_workers.csv and part2_final_summary.csv.
 
     Args:
-        data: holds part2_trials.csv, part2_history.csv and part2_finalists.csv, each of one or
-            several studies, and part2_probe_trials.csv, where every number of `workers` ran the
-            same trials.
+        data: holds part2_trials.csv, part2_history.csv, part2_finalists.csv and part2_final.csv,
+            each of one or several studies, and part2_probe_trials.csv, where every number of
+            `workers` ran the same trials.
     """
-    trials, history, finalists, probe = (
+    trials, history, finalists, final, probe = (
         pd.read_csv(data / f"part2_{name}.csv")
-        for name in ("trials", "history", "finalists", "probe_trials")
+        for name in ("trials", "history", "finalists", "final", "probe_trials")
     )
     shortest = int(trials.epochs.min())  # before it the pruner ended no trial
     derived = {
         "optimizers": compare_optimizers(trials, history, shortest),
         "costs": summarize_costs(trials, finalists),
         "workers": compare_workers(probe),
+        "final_summary": pd.DataFrame(tuning_report.summarize(rows_of(final))),
     }
     for name, table in derived.items():
         table.to_csv(data / f"part2_{name}.csv", index=False)

@@ -246,7 +246,7 @@ def write_final(rows: Sequence[Row], history: Sequence[Row], folder: Path) -> No
 
 
 def summarize(rows: Iterable[Row]) -> list[Row]:
-    """One row per configuration: mean, standard deviation and 95 % t-interval of its top-1.
+    """One row per study and configuration: mean, deviation and 95 % t-interval of its top-1.
 
     The interval speaks of other seeds, not of other test images; it wants three seeds or more.
     """
@@ -254,14 +254,15 @@ def summarize(rows: Iterable[Row]) -> list[Row]:
 
     summary = []
     done = [row for row in rows if row["status"] == "ok"]
-    for name, group in pd.DataFrame(done).groupby("configuration", sort=False) if done else ():
+    keys = ["study", "configuration"]
+    for (study, name), group in pd.DataFrame(done).groupby(keys, sort=False) if done else ():
         top1 = group["top1_percent"].tolist()
         mean, n = statistics.fmean(top1), len(top1)
         sd = statistics.stdev(top1) if n > 1 else None
         half = float(stats.t.ppf(0.975, n - 1)) * sd / n**0.5 if sd is not None and n > 2 else None
         summary.append(
             {
-                "study": group["study"].iloc[0],
+                "study": study,
                 "configuration": name,
                 "trainings": n,
                 "parameters": int(group["parameters"].iloc[0]),
