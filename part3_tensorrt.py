@@ -7,6 +7,7 @@ checks and a comparison of PyTorch with ONNX Runtime on the CPU still run.
 
     python part3_tensorrt.py                        # Part 2's network, else vit_tiny_imagenet
     python part3_tensorrt.py --model results/part2/best.safetensors
+    python part3_tensorrt.py --model smallcnn_cifar100         # that network as published here
     python part3_tensorrt.py --quick                # under a minute, offline, CPU
     python part3_tensorrt.py --list                 # the candidates
 """

@@ -92,7 +92,7 @@ def draw_parts(parts: pd.DataFrame, path: Path) -> None:
         names = parts.batch_size.astype(str) + "\n" + parts.candidate
         axes.set_xticks(positions, names, fontsize=7)
         axes.set(xlabel="batch size, fastest candidate", ylabel="speedup over eager float32")
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(labels))
 
 
 def rates(ceilings: pd.DataFrame) -> tuple["pd.Series[float]", float]:
@@ -127,7 +127,7 @@ def draw_roofline(rows: pd.DataFrame, ceilings: pd.DataFrame, path: Path) -> Non
     """Arithmetic rate against intensity, below the measured ceilings; compiled candidates."""
     tflops, gb_per_s = rates(ceilings)
     with drawing(path) as axes:
-        x = [1.0, 1e5]
+        x = [10.0, 1e5]
         for precision, colour in PRECISION_COLOURS.items():
             ridge = 1e3 * tflops[precision] / gb_per_s
             roof = [gb_per_s / 1e3, tflops[precision], tflops[precision]]
