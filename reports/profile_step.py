@@ -1,0 +1,209 @@
+"""Where a training step of Part 2 spends a GPU's time, and what its convolutions cost by shape.
+
+    python -m reports.profile_step        # writes step_profile.csv and convolutions.csv
+
+The pixels are random: which kernels run, and for how long, does not depend on what is in them.
+"""
+
+import functools
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import part2_tune as part2
+from utils import cli, cost, data, results
+from utils.training import memory_format, prepare_backend
+
+PROFILE_COLUMNS = (
+    *("gpu", "batch_size", "image_size", "group", "kernels", "ms", "share_percent"),
+    *("step_ms", "step_tflops"),
+)
+CONVOLUTION_COLUMNS = (
+    *("gpu", "batch_size", "channels", "image_size", "gflop"),
+    *("forward_ms", "input_gradient_ms", "weight_gradient_ms", "tflops"),
+)
+# (batch size, image size) of the default network's step
+STEPS = ((512, 32), (1024, 32), (512, 24), (512, 16))
+# (channels, image size) of 3x3 convolutions: multiples of 64 and their neighbours, in each stage
+CONVOLUTIONS = (
+    *((width, 32) for width in (32, 48, 64, 72, 96, 128)),
+    *((width, 16) for width in (64, 128, 144, 160, 192, 256)),
+    *((width, 8) for width in (128, 256, 288, 320, 384)),
+)
+CONVOLUTION_BATCH = 512
+NUM_IMAGES, NUM_CLASSES = 50_000, 100
+CALLS = 30  # steps that are timed, then as many that are profiled
+REPEATS = 10  # of a convolution in one CUDA graph: single ones are shorter than their launch
+FUSED = "fused elementwise, normalisation"
+# The first group one of whose words is part of a kernel's name.
+GROUPS = {
+    FUSED: "triton_",
+    "convolution": "conv fprop dgrad wgrad nhwc cudnn",
+    "matrix product": "gemm nvjet cutlass splitk",
+    "optimiser, elementwise": "multi_tensor",
+    "copies": "memcpy memset",
+}
+
+
+def group_of(kernel: str) -> str:
+    """Group of a kernel, by its name."""
+    name = kernel.lower()
+    for group, words in GROUPS.items():
+        if any(word in name for word in words.split()):
+            return group
+    return "other"
+
+
+def random_task(num_images: int, size: int, device: torch.device) -> part2.Task:
+    """Images of noise with as many classes as CIFAR-100."""
+    pixels = torch.randint(0, 256, (num_images, 3, size, size), dtype=torch.uint8)
+    labels = torch.arange(num_images) % NUM_CLASSES
+    classes = tuple(str(n) for n in range(NUM_CLASSES))
+    return part2.make_task(data.ImageSet("noise", "train", pixels, labels, classes), True, device)
+
+
+def profile_step(
+    hparams: part2.HParams, task: part2.Task, compiled: bool, calls: int
+) -> list[dict[str, Any]]:
+    """Milliseconds of one training step by group of kernels: rows of PROFILE_COLUMNS."""
+    network = part2.start_network(hparams, NUM_CLASSES, task.device, seed=0)
+    optimizers = part2.make_optimizers(network, hparams)
+    step = part2.make_step(network, optimizers, hparams, task, compiled)
+    batch = torch.randperm(len(task.images), device=task.device)[: hparams.batch_size]
+
+    def run() -> float:
+        synchronize(task.device)
+        clock = time.perf_counter()
+        for _ in range(calls):
+            step(batch)
+        synchronize(task.device)
+        return (time.perf_counter() - clock) / calls * 1e3
+
+    run()
+    step_ms, on_gpu = run(), task.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[activity.CUDA if on_gpu else activity.CPU]) as profiler:
+        run()
+    kernels: defaultdict[str, float] = defaultdict(float)
+    ms: defaultdict[str, float] = defaultdict(float)
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if spent:
+            kernels[group_of(event.key)] += event.count / calls
+            ms[group_of(event.key)] += spent / 1e3 / calls
+    about = {
+        "batch_size": hparams.batch_size,
+        "image_size": task.size,
+        "step_ms": step_ms,
+        # The backward pass computes two gradients for each product of the forward pass.
+        "step_tflops": 3 * hparams.batch_size * gflop_per_image(network, task) / step_ms,
+    }
+    return [
+        {"group": group, "kernels": kernels[group], "ms": spent}
+        | {"share_percent": 100 * spent / sum(ms.values())}
+        | about
+        for group, spent in sorted(ms.items(), key=lambda item: -item[1])
+    ]
+
+
+def gflop_per_image(network: part2.SmallCNN, task: part2.Task) -> float:
+    """Billions of multiplications and additions of one forward pass."""
+    example = torch.zeros(1, 3, task.size, task.size, device=task.device)
+    network.eval()
+    with torch.no_grad():
+        return 2 * cost.count_cost(network, example).multiply_adds / 1e9
+
+
+def measure_convolution(
+    channels: int, size: int, batch_size: int, device: torch.device
+) -> dict[str, Any]:
+    """A 3x3 convolution in bf16 and its two gradients, each by itself: CONVOLUTION_COLUMNS."""
+    layout = memory_format(device)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).bfloat16().to(memory_format=layout)
+
+    x, kernel = random(batch_size, channels, size, size), random(channels, channels, 3, 3)
+    gradient = random(*x.shape)
+    backward = functools.partial(
+        torch.ops.aten.convolution_backward,
+        *(gradient, x, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
+    )
+    gflop = 2 * 9 * channels**2 * batch_size * size**2 / 1e9
+    row = {
+        "forward_ms": replay_ms(lambda: F.conv2d(x, kernel, padding=1), device),
+        "input_gradient_ms": replay_ms(lambda: backward([True, False, False]), device),
+        "weight_gradient_ms": replay_ms(lambda: backward([False, True, False]), device),
+    }
+    about = {"batch_size": batch_size, "channels": channels, "image_size": size, "gflop": gflop}
+    return about | row | {"tflops": 3 * gflop / sum(row.values())}
+
+
+def replay_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of a call; on a GPU within a CUDA graph of REPEATS calls."""
+    for _ in range(3):
+        call()
+    if device.type != "cuda":
+        clock = time.perf_counter()
+        call()
+        return (time.perf_counter() - clock) * 1e3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(REPEATS):
+            call()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    start.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / REPEATS
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@cli.command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Profile the default network's step and measure convolutions."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="which")
+    parser.add_argument("--quick", action="store_true", help="a few small shapes, to try it out")
+    parser.add_argument(
+        "--output-dir", type=Path, default=Path("results/part2"), help="folder for the tables"
+    )
+    args = parser.parse_args(argv)
+    device, folder = cli.pick_device(args.device), cli.make_output_dir(args.output_dir)
+    prepare_backend(device)
+    quick = args.quick
+    images, calls, batch = (200, 2, 8) if quick else (NUM_IMAGES, CALLS, CONVOLUTION_BATCH)
+    about = {"gpu": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    convolutions = []
+    for channels, size in CONVOLUTIONS[:1] if quick else CONVOLUTIONS:
+        convolutions.append(about | measure_convolution(channels, size, batch, device))
+        results.write_csv(folder / "convolutions.csv", convolutions, CONVOLUTION_COLUMNS)
+    profile = []
+    for batch_size, size in ((8, 16),) if quick else STEPS:
+        hparams = part2.HParams(batch_size=batch_size)
+        task = random_task(images, size, device)
+        rows = profile_step(hparams, task, device.type == "cuda", calls)
+        profile += [about | row for row in rows]
+        results.write_csv(folder / "step_profile.csv", profile, PROFILE_COLUMNS)
+    results.write_json(folder / "profile_environment.json", results.environment())
+    shown = {"batch_size": "d", "image_size": "d", "group": "s", "kernels": ".0f", "ms": ".3f"}
+    results.print_table(profile, shown | {"share_percent": ".1f", "step_ms": ".3f"})
+    print(folder / "step_profile.csv")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
