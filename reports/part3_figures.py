@@ -123,15 +123,19 @@ def roofline_rows(rows: pd.DataFrame, ceilings: pd.DataFrame) -> pd.DataFrame:
     )[ROOFLINE_COLUMNS]
 
 
+def attainable_tflops(flop_per_byte: float, tflops: float, gb_per_s: float) -> float:
+    """The roof at an intensity: what memory can feed, or the arithmetic's own rate."""
+    return min(tflops, flop_per_byte * gb_per_s / 1e3)
+
+
 def draw_roofline(rows: pd.DataFrame, ceilings: pd.DataFrame, path: Path) -> None:
     """Arithmetic rate against intensity, below the measured ceilings; compiled candidates."""
     tflops, gb_per_s = rates(ceilings)
     with drawing(path) as axes:
-        x = [10.0, 1e5]
         for precision, colour in PRECISION_COLOURS.items():
-            ridge = 1e3 * tflops[precision] / gb_per_s
-            roof = [gb_per_s / 1e3, tflops[precision], tflops[precision]]
-            axes.plot([x[0], ridge, x[1]], roof, color=colour, lw=1, label=precision)
+            x = [10.0, 1e3 * tflops[precision] / gb_per_s, 1e5]
+            roof = [attainable_tflops(value, tflops[precision], gb_per_s) for value in x]
+            axes.plot(x, roof, color=colour, lw=1, label=precision)
             shown = rows[rows.candidate == f"torch-{precision}-compile"]
             for i, (model, group) in enumerate(shown.groupby("model", sort=False)):
                 label, marker = (model if precision == "fp32" else None), "os^Dv"[i % 5]

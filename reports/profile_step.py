@@ -2,10 +2,13 @@
 
     python -m reports.profile_step        # writes step_profile.csv and convolutions.csv
 
-The pixels are random: which kernels run, and for how long, does not depend on what is in them.
+The pixels are random: which kernels run does not depend on what is in them, and for how long hardly
+(through the power that the arithmetic draws). A convolution that is repeated finds part of its
+operands in the cache, so that small ones look a little better than they are in a network.
 """
 
 import functools
+import statistics
 import sys
 import time
 from collections import defaultdict
@@ -31,7 +34,7 @@ CONVOLUTION_COLUMNS = (
 )
 # (batch size, image size) of the default network's step
 STEPS = ((512, 32), (1024, 32), (512, 24), (512, 16))
-# (channels, image size) of 3x3 convolutions: multiples of 64 and their neighbours, in each stage
+# (channels, image size) of 3x3 convolutions: widths that one may want to give each stage
 CONVOLUTIONS = (
     *((width, 32) for width in (32, 48, 64, 72, 96, 128)),
     *((width, 16) for width in (64, 128, 144, 160, 192, 256)),
@@ -39,10 +42,12 @@ CONVOLUTIONS = (
 )
 CONVOLUTION_BATCH = 512
 NUM_IMAGES, NUM_CLASSES = 50_000, 100
-CALLS = 30  # steps that are timed, then as many that are profiled
+CALLS = 30  # steps of a run; one run warms up, one is timed, one is profiled
 REPEATS = 10  # of a convolution in one CUDA graph: single ones are shorter than their launch
+REPLAYS = 20  # of such a graph that are timed
+WARM_UP_SECONDS = 0.3  # until the clocks are up
 FUSED = "fused elementwise, normalisation"
-# The first group one of whose words is part of a kernel's name.
+# The first group one of whose words is part of a kernel's name; a library's helpers go with it.
 GROUPS = {
     FUSED: "triton_",
     "convolution": "conv fprop dgrad wgrad nhwc cudnn",
@@ -147,7 +152,7 @@ def measure_convolution(
 
 
 def replay_ms(call: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds of a call; on a GPU within a CUDA graph of REPEATS calls."""
+    """Milliseconds of a call; on a GPU the median over replays of a CUDA graph of REPEATS calls."""
     for _ in range(3):
         call()
     if device.type != "cuda":
@@ -159,12 +164,18 @@ def replay_ms(call: Callable[[], Any], device: torch.device) -> float:
         for _ in range(REPEATS):
             call()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    graph.replay()
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / REPEATS
+    clock = time.perf_counter()
+    while time.perf_counter() - clock < WARM_UP_SECONDS:
+        graph.replay()
+        torch.cuda.synchronize()
+    samples = []
+    for _ in range(REPLAYS):
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) / REPEATS)
+    return statistics.median(samples)
 
 
 def synchronize(device: torch.device) -> None:

@@ -83,3 +83,8 @@ def test_every_figure_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert drawn[-1].name == "part3_roofline.png"
     assert all(path.stat().st_size > 5000 for path in drawn)
     assert len(pd.read_csv(tmp_path / "gpu_roofline.csv")) == 5
+
+
+def test_the_roof_is_memory_then_arithmetic():
+    assert figures.attainable_tflops(10, 600, 3000) == 30
+    assert figures.attainable_tflops(1000, 600, 3000) == 600

@@ -45,9 +45,9 @@ def test_the_profile_runs_on_a_cpu(tmp_path: Path):
     assert "convolution" in profile.group.tolist()
     (row,) = pd.read_csv(tmp_path / "convolutions.csv").to_dict("records")
     assert tuple(row) == profile_step.CONVOLUTION_COLUMNS
-    seconds = sum(row[f"{part}_ms"] for part in ("forward", "input_gradient", "weight_gradient"))
+    ms = sum(row[f"{part}_ms"] for part in ("forward", "input_gradient", "weight_gradient"))
     assert row["gflop"] == pytest.approx(2 * 9 * 32**2 * 8 * 32**2 / 1e9)
-    assert row["tflops"] == pytest.approx(3 * row["gflop"] / seconds)
+    assert row["tflops"] == pytest.approx(3 * row["gflop"] / ms)
 
 
 def test_folder_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
