@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import part1_quantize
@@ -183,6 +184,16 @@ def test_recorded_lets_a_users_error_through():
     with pytest.raises(part1_quantize.cli.UserError), recorded(row):
         raise part1_quantize.cli.UserError("mend this")
     assert row == {}
+
+
+def test_attention_counts_as_two_products():
+    class Attention(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    heads, tokens, width = 2, 5, 8
+    counted = cost.count_cost(Attention(), torch.zeros(1, heads, tokens, width))
+    assert counted.multiply_adds == 2 * heads * tokens**2 * width
 
 
 def test_share_counts_layers_parameters_and_multiply_adds():

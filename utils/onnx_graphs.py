@@ -133,7 +133,8 @@ def make_graph(
     logits = [
         evaluation.predict(call, torch.from_numpy(images), how, size) for size in CHECKED_BATCHES
     ]
-    return row | compare_logits(torch.cat(logits), torch.cat([reference] * len(logits)))
+    compared = compare_logits(torch.cat(logits), torch.cat([reference] * len(logits)))
+    return row | compared | {"parity_images": len(images)}  # each once at every batch size
 
 
 def write_graph(
