@@ -11,7 +11,6 @@ the data set's test images, accuracy on its labelled held-out images, all candid
 """
 
 import argparse
-import contextlib
 import functools
 import itertools
 import os
@@ -33,7 +32,9 @@ from utils.benchmark import (
     allow_tf32,
     check_capability,
     load_image_sets,
-    measure_block,
+    measure_setting,
+    note_load,
+    require_compiler,
 )
 from utils.breakdown import BREAKDOWN_COLUMNS, break_down
 from utils.cost import state_bytes
@@ -219,21 +220,11 @@ def compile_frozen(call: Callable[[Tensor], Tensor], example: Tensor) -> Callabl
     import torch._inductor.config as inductor
 
     on_gpu = example.is_cuda
-    if not has_cpp_compiler():
-        raise UnavailableError("torch.compile needs a C++ compiler (g++) on this machine")
+    require_compiler(example.device.type)
     inductor.freezing = not on_gpu  # as an option of torch.compile it is ignored
     compiled = torch.compile(call, mode="reduce-overhead" if on_gpu else None)
     compiled(example)
     return compiled
-
-
-def has_cpp_compiler() -> bool:
-    """Whether Inductor finds a compiler for its CPU kernels."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    with contextlib.suppress(Exception):
-        return bool(get_cpp_compiler())
-    return False
 
 
 def import_torchao() -> Any:
@@ -324,7 +315,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--candidates", type=cli.name_list, help="comma-separated; all if not given")
     add("--list", action="store_true", help="list the candidates and exit")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    add("--batch-sizes", type=cli.int_list, default=[1, 16], help="images a call, comma-separated")
+    add("--batch-sizes", type=cli.int_list, default=[1, 32], help="images a call, comma-separated")
     add(
         "--threads",
         type=cli.int_list,
@@ -336,7 +327,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--block-seconds",
         type=cli.positive_float,
         default=0.5,
-        help="length of the baseline's block in each round, in seconds",
+        help="length of the baseline's block in each round, in seconds; at most 1000 calls",
     )
     add(
         "--max-slowdown",
@@ -368,13 +359,15 @@ def list_candidates() -> None:
 
 
 def choose_candidates(wanted: Sequence[str] | None, device: str) -> list[str]:
-    """The candidates to run, the baseline first; UserError for a name unknown or not for here."""
-    here = [name for name, (_, devices) in CANDIDATES.items() if device in devices.split()]
+    """The candidates of this run, the baseline first; UserError for an unknown name."""
     for name in wanted or ():
         cli.check_name(name, CANDIDATES, "candidate")
-        if name not in here:
-            raise cli.UserError(f"candidate {name!r} does not run on {device}: see --list")
+    here = [name for name in CANDIDATES if runs_on(name, device)]
     return list(dict.fromkeys([BASELINE, *(wanted or here)]))
+
+
+def runs_on(name: str, device: str) -> bool:
+    return device in CANDIDATES[name][1].split()
 
 
 @cli.command
@@ -389,6 +382,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.breakdown and device == "cuda":
         raise cli.UserError("--breakdown profiles a CPU: add --device cpu")
     names = choose_candidates(args.candidates, device)
+    foreign = {"status": "unavailable", "reason": f"it does not run on {device}"}
+    missing = {name: foreign for name in names if not runs_on(name, device)}
     cli.check_name(args.dataset, data.DATASETS, "data set")
     model = load_model(args.model, args.untrained)
     load = functools.partial(
@@ -401,11 +396,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     labelled, speed = load_image_sets(
         load, args.dataset, args.num_images, batch_sizes[0], args.seed
     )
-    columns = scored_logits(model, labelled)
+    class_logits = scored_logits(model, labelled)
     output_dir = cli.make_output_dir(args.output_dir)
     print(f"{args.model}: {len(labelled)} {labelled.split} images for accuracy, {device}")
-    if columns is None:
+    if class_logits is None:
         print("note: this model does not know these classes, so there is no accuracy to measure")
+    note_load(max(args.threads))
 
     rows: list[dict[str, Any]] = []
     breakdown: list[dict[str, Any]] = []
@@ -418,31 +414,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             jobs = [
                 Job(candidate=name, build=CANDIDATES[name][0], folder=folder, **setting, **common)
                 for name in names
+                if name not in missing
             ]
             timed = speed.images[: len(speed) // batch_sizes[0] * batch_size]
             unscored = None if accuracy else labelled.images
-            block, logits = measure_block(
+            found, logits = measure_setting(
                 jobs, timed, unscored, args.rounds, args.block_seconds, args.max_slowdown
             )
             for name, output in logits.items():
                 accuracy[name] = evaluation.accuracy_row(
-                    output, logits[BASELINE], labelled.labels, columns
+                    output, logits[BASELINE], labelled.labels, class_logits
                 ) | {"accuracy_batch_size": batch_size}
-            for name, row in block.items():
+            block = []
+            for name, row in (found | missing).items():
                 scores = accuracy.get(name, {}) if row["status"] == "ok" else {}
                 if not scores and row["status"] == "ok":
                     row.setdefault("reason", f"not scored at batch size {batch_sizes[0]}")
-                rows.append({"model": args.model, "dataset": args.dataset} | setting | scores | row)
+                about = {"model": args.model, "dataset": args.dataset, "candidate": name}
+                block.append(about | setting | scores | row)
+            rows += block
             environment = results.environment(model=args.model, checkpoints=model.checkpoints)
             results.write_json(output_dir / "environment.json", environment)
             if not breakdown:
                 (output_dir / "breakdown.csv").unlink(missing_ok=True)  # of an earlier run
             results.write_csv(output_dir / "quantization.csv", rows, COLUMNS)
             if args.memory:
-                add_memory(rows[-len(jobs) :], jobs, timed)
+                add_memory(block[: len(jobs)], jobs, timed)
                 results.write_csv(output_dir / "quantization.csv", rows, COLUMNS)
             if args.breakdown:
-                breakdown += break_down(rows[-len(jobs) :], jobs, timed)
+                breakdown += break_down(block[: len(jobs)], jobs, timed)
                 results.write_csv(output_dir / "breakdown.csv", breakdown, BREAKDOWN_COLUMNS)
     results.print_table(rows, SHOWN)
     print(output_dir / "quantization.csv")

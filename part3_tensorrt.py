@@ -19,7 +19,6 @@ import importlib
 import itertools
 import json
 import math
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,7 +42,9 @@ from utils.benchmark import (
     allow_tf32,
     check_capability,
     load_image_sets,
-    measure_block,
+    measure_setting,
+    note_load,
+    require_compiler,
 )
 from utils.cost import count_cost, state_bytes
 from utils.isolation import UnavailableError, Worker, recorded
@@ -63,7 +64,6 @@ from utils.roofline import CEILING_COLUMNS, measure_ceilings
 from utils.training import capture, memory_format
 
 PART2_MODEL = Path("results/part2/best.safetensors")
-REPLAYED = {"cuda_graph": True}
 PARITY_IMAGES = 64  # labelled images on which a candidate must agree with PyTorch before timing
 EXPORT_IMAGES = 12  # labelled images on which an exported graph must agree
 
@@ -121,15 +121,18 @@ def build_eager(module: nn.Module, example: Tensor, job: Any) -> Variant:
 def build_graph(module: nn.Module, example: Tensor, job: Any) -> Variant:
     """PyTorch, the eager calls replayed as one CUDA graph."""
     call = capture(prepare(module, example, job.precision), example)
-    return Variant(call, state_bytes(module), [], uploads=True, columns=REPLAYED)
+    return Variant(call, state_bytes(module), [], uploads=True, columns={"cuda_graph": True})
 
 
 def build_compiled(module: nn.Module, example: Tensor, job: Any) -> Variant:
     """PyTorch by torch.compile, with CUDA graphs."""
-    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
-        raise UnavailableError("torch.compile needs a C compiler on this machine")
+    from torch._dynamo.utils import counters
+
+    require_compiler(job.device)
     call = torch.compile(prepare(module, example, job.precision), mode="reduce-overhead")
-    return Variant(call, state_bytes(module), [], columns=REPLAYED)
+    call(example)
+    replayed = not counters["inductor"]["cudagraph_skips"]
+    return Variant(call, state_bytes(module), [], columns={"cuda_graph": replayed})
 
 
 def build_onnxruntime(module: nn.Module, example: Tensor, job: Any) -> Variant:
@@ -322,11 +325,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--candidates", type=cli.name_list, help="comma-separated; all if not given")
     add("--list", action="store_true", help="list the candidates and exit")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    add("--batch-sizes", type=cli.int_list, default=[1, 8, 32, 128], help="images a call")
+    sizes = [1, 8, 32, 128]
+    add("--batch-sizes", type=cli.int_list, default=sizes, help="images a call, comma-separated")
     threads = [torch.get_num_threads()]
     add("--threads", type=cli.int_list, default=threads, help="CPU threads, comma-separated")
     add("--rounds", type=cli.positive_int, default=15, help="interleaved rounds of timing")
-    add("--block-seconds", type=cli.positive_float, default=0.5, help="baseline's turn, in seconds")
+    add(
+        "--block-seconds",
+        type=cli.positive_float,
+        default=0.5,
+        help="length of the baseline's block in each round, in seconds; at most 1000 calls",
+    )
     add("--engine-dir", type=Path, help="for graphs and engines; OUTPUT_DIR/engines if not given")
     add("--export-only", action="store_true", help="write and check the graphs, measure nothing")
     add(
@@ -357,18 +366,18 @@ def choose_candidates(wanted: Sequence[str] | None, device: str) -> list[str]:
         cli.check_name(name, CANDIDATES, "candidate")
     everything = [name for name, c in CANDIDATES.items() if device in ("cpu", c.device)]
     chosen = {BASELINES[device], *(wanted or everything)}
-    chosen |= set(graph_baselines(chosen, device).values())
+    chosen |= set(cuda_graph_baselines(chosen, device).values())
     return [name for name in CANDIDATES if name in chosen]
 
 
-def graph_baselines(names: Iterable[str], device: str) -> dict[str, str]:
+def cuda_graph_baselines(names: Iterable[str], device: str) -> dict[str, str]:
     """For each candidate the CUDA graph that it is compared with; a CPU has none."""
     if device == "cpu":
         return {}
     return {name: GRAPH_BASELINES[CANDIDATES[name].precision] for name in names}
 
 
-def choose_graphs(names: Sequence[str]) -> list[str]:
+def choose_onnx_graphs(names: Sequence[str]) -> list[str]:
     """The graphs that these candidates read, and the one that 8-bit graphs start from."""
     wanted = {CANDIDATES[name].graph for name in names}
     if any(graph and GRAPHS[graph][1] for graph in wanted):
@@ -468,17 +477,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     labelled, speed = load_image_sets(
         load, args.dataset, args.num_images, batch_sizes[0], args.seed
     )
-    columns = scored_logits(model, labelled)
+    class_logits = scored_logits(model, labelled)
     output_dir = cli.make_output_dir(args.output_dir)
     engine_dir = cli.make_output_dir(args.engine_dir, "--engine-dir")
     print(f"{args.model}: {len(labelled)} {labelled.split} images for accuracy, {device}")
-    if columns is None:
+    if class_logits is None:
         print("note: this model does not know these classes, so there is no accuracy to measure")
+    note_load(max(args.threads))
 
     def some(count: int) -> Tensor:
         return data.take_subset(labelled, min(count, len(labelled)), args.seed).images
 
-    chosen = choose_graphs(names)
+    chosen = choose_onnx_graphs(names)
     eight_bit = any(GRAPHS[graph][1] for graph in chosen)
     calibration = load_calibration(load, labelled, args.seed) if eight_bit else None
     common = {"model": args.model, "untrained": args.untrained, "seed": args.seed}
@@ -491,7 +501,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results.write_csv(output_dir / "graphs.csv", graphs.values(), GRAPH_FILE_COLUMNS)
     environment = results.environment(model=args.model, checkpoints=model.checkpoints)
     if args.export_only:
-        results.write_json(output_dir / "environment.json", environment)
+        results.write_json(output_dir / "graphs_environment.json", environment)
         print(output_dir / "graphs.csv")
         return int(any(row["status"] == "failed" for row in graphs.values()))
 
@@ -510,7 +520,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for threads, batch_size in itertools.product(args.threads, batch_sizes):
         print(f"batch size {batch_size}, {threads} threads")
         setting = {"batch_size": batch_size, "threads": threads, "device": device}
-        block, logits = measure_block(
+        measured, logits = measure_setting(
             [make_job(name, replace(job, **setting)) for name in here if name not in missing],
             speed.images[: len(speed) // batch_sizes[0] * batch_size],
             None if accuracy else labelled.images,
@@ -518,14 +528,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             args.block_seconds,
             max_slowdown=math.inf,
             check=check,
-            second_baselines=graph_baselines(here, device),
+            second_baselines=cuda_graph_baselines(here, device),
             transfers=device == "cuda",
         )
         for name, output in logits.items():
             accuracy[name] = evaluation.accuracy_row(
-                output, logits[BASELINES[device]], labelled.labels, columns
+                output, logits[BASELINES[device]], labelled.labels, class_logits
             ) | {"accuracy_batch_size": batch_size}
-        found = {n: missing.get(n) or block[n] | engines.get(n, {}) for n in names}
+        found = {n: missing.get(n) or measured[n] | engines.get(n, {}) for n in names}
         about = {"model": args.model, "dataset": args.dataset, **cost, **setting}
         rows += make_rows(found, accuracy, about)
         results.write_json(output_dir / "environment.json", environment)

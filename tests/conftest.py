@@ -1,9 +1,17 @@
 """Miniature data sets that several test files share, and a cache that is not the user's."""
 
+import atexit
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+# Before the tests import utils: worker processes inherit it.
+os.environ["DATA_CACHE_DIR"] = tempfile.mkdtemp(prefix="data-cache-")
+atexit.register(shutil.rmtree, os.environ["DATA_CACHE_DIR"], ignore_errors=True)
 
 # wnids.txt of the real set is not sorted either.
 WNIDS = ("n02124075", "n01443537", "n04067472")
@@ -12,7 +20,7 @@ COLOURS = {"n02124075": (200, 40, 40), "n01443537": (40, 200, 40), "n04067472": 
 
 @pytest.fixture
 def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder in the place of `data/cache`; it does not exist yet."""
+    """An empty folder in the place of `data/cache` for this process; it does not exist yet."""
     folder = tmp_path / "cache"
     monkeypatch.setattr("utils.data.CACHE_DIR", folder)
     return folder

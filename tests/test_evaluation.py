@@ -95,6 +95,8 @@ def test_cosine_ignores_a_shift_common_to_all_classes():
     logits = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
     assert evaluation.centred_cosine(logits + 7, logits) == pytest.approx(1.0)
     assert evaluation.centred_cosine(-logits, logits) == pytest.approx(-1.0)
+    assert evaluation.centred_cosine(torch.zeros(2, 3), torch.zeros(2, 3)) == 1.0
+    assert evaluation.centred_cosine(torch.zeros(2, 3), torch.eye(2, 3)) == 0.0
 
 
 def test_row_scores_the_chosen_logits_and_the_full_head():

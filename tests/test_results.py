@@ -124,7 +124,7 @@ def test_environment_says_what_machine_this_is(monkeypatch: pytest.MonkeyPatch) 
         "load_average_1min",
         "gpu",
         "gpu_driver",
-        "gpu_sm_clock",
+        "gpu_max_sm_clock",
         "cuda",
         "libraries",
         "model",

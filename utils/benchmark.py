@@ -7,6 +7,7 @@ time of k calls, its memory. The parent asks one at a time, so that none disturb
 import contextlib
 import gc
 import os
+import shutil
 import tempfile
 import time
 import warnings
@@ -34,7 +35,7 @@ from utils.models import LoadedModel, load_model
 
 NEEDS_CAPABILITY = {"tf32": (8, 0), "fp8": (8, 9)}
 MEMORY_BATCHES = 3
-INPUT_BATCHES = 4  # timed inputs take turns, so that no call finds its images in the cache
+INPUT_BATCHES = 4  # timed inputs take turns, so that consecutive calls differ
 TRANSFER_COLUMNS = {  # column: which of LATENCY_COLUMNS it is, with host-device transfers
     "transfers_latency_ms_median": "latency_ms_median",
     "transfers_latency_ms_p90": "latency_ms_p90",
@@ -113,6 +114,21 @@ def prepare_process(job: Job) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # as ONNX Runtime and TensorRT, it tries its kernels
     cli.seed_everything(job.seed)
+
+
+def require_compiler(device: str) -> None:
+    """UnavailableError unless torch.compile finds a compiler: of C++ for a CPU, of C for a GPU."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    if device == "cuda":
+        found = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
+    else:
+        found = False
+        with contextlib.suppress(Exception):
+            found = bool(get_cpp_compiler())
+    if not found:
+        language = "C" if device == "cuda" else "C++"
+        raise UnavailableError(f"torch.compile needs a {language} compiler (gcc) on this machine")
 
 
 def build_variant(model: LoadedModel, job: Job) -> tuple[Variant, float]:
@@ -216,7 +232,7 @@ def allow_tf32() -> None:
 # --- what the parent does -------------------------------------------------------------------------
 
 
-def measure_block(
+def measure_setting(
     jobs: Sequence[Job],
     speed_images: Tensor,
     accuracy_images: Tensor | None,
@@ -268,13 +284,13 @@ def measure_block(
                 worker.run(load_inputs, speed_images.numpy())
                 latency = timing.warm_up(partial(worker.run, time_calls))
                 slowdown = latency / latency_ms.get(baseline, latency)
-                if accuracy_images is not None and slowdown > max_slowdown:
+                if accuracy_images is not None and slowdown > max_slowdown and name != baseline:
                     add_reason(row, f"not scored: {slowdown:.0f} times slower than {baseline}")
                 elif accuracy_images is not None:
                     output = worker.run(predict_logits, accuracy_images.numpy())
                     logits[name] = torch.from_numpy(output)
                 latency_ms[name] = latency
-            print(f"  {name:20}{describe(row)}", flush=True)
+            print(f"  {name:24}{describe(row)}", flush=True)
             check_baseline(rows[baseline], batch_size)
             if name not in latency_ms:
                 worker.stop()  # what it holds is memory that the others need
@@ -345,6 +361,16 @@ def add_transfers(
         rows[name] |= {column: latency_row[like] for column, like in TRANSFER_COLUMNS.items()}
 
 
+def note_load(threads: int) -> None:
+    """Say so if other programs seem to use the cores that `threads` threads will need."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load + threads > cores + 0.5:
+        print(
+            f"note: the last minute's load average is {load:.1f} on {cores} cores; what shares "
+            f"them with the benchmark spoils its times"
+        )
+
+
 def add_reason(row: dict[str, Any], text: str) -> None:
     """Say something more of a candidate that ran."""
     row["reason"] = "; ".join(filter(None, [row.get("reason"), text]))
@@ -379,7 +405,8 @@ def load_image_sets(
     speed = load(split=data.SPEED_SPLIT[dataset])
     if batch > len(speed):
         raise cli.UserError(
-            f"--batch-sizes {batch}: {dataset} {speed.split} has {len(speed)} images"
+            f"batches of {batch}: {dataset} {speed.split} has {len(speed)} images; "
+            f"use smaller --batch-sizes"
         )
     batches = min(INPUT_BATCHES, len(speed) // batch)
     return accuracy, data.take_subset(speed, batches * batch, seed)

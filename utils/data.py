@@ -27,7 +27,7 @@ from tqdm import tqdm
 from utils.cli import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-CACHE_DIR = ROOT / "data" / "cache"
+CACHE_DIR = Path(os.environ.get("DATA_CACHE_DIR", ROOT / "data" / "cache"))
 DECODING_THREADS = 4  # more wait for Python's lock: 32 took 37 s for what 2 do in 10
 DECODING_CHUNK = 100  # images a thread takes at once: one by one, threads mostly wait in turn
 CACHE_VERSION = 1  # raise it when decoding changes

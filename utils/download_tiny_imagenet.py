@@ -45,7 +45,7 @@ from tqdm import tqdm
 # The version is pinned: without it kagglehub asks Kaggle even for what it has cached.
 KAGGLE_HANDLE = "akash2sharma/tiny-imagenet/versions/1"
 ARCHIVE_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-DEFAULT_DATA_DIR = Path("data/tiny-imagenet")
+DEFAULT_DATA_DIR = Path(__file__).resolve().parent.parent / "data" / "tiny-imagenet"
 ROOT_ENTRIES = ("train", "val", "test", "wnids.txt", "words.txt")
 
 SOCKET_TIMEOUT_S = 20.0
@@ -611,7 +611,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's line breaks and appends each flag's default."""
+    """Keeps the description's line breaks and appends each flag's default, if it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

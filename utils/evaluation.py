@@ -55,29 +55,31 @@ def predict(
 
 
 def accuracy_row(
-    logits: Tensor, baseline: Tensor, labels: Tensor | None, columns: Sequence[int] | None
+    logits: Tensor, baseline: Tensor, labels: Tensor | None, class_logits: Sequence[int] | None
 ) -> dict[str, float | None]:
     """One row of ACCURACY_COLUMNS.
 
     Args:
         logits, baseline: `[N, C]` of the candidate and of the baseline, over the same images.
         labels: int64 `[N]`, or None.
-        columns: which logit stands for each class of the labels; None if accuracy means nothing,
-            which leaves the accuracy columns empty.
+        class_logits: which logit stands for each class of the labels; None if accuracy means
+            nothing, which leaves the accuracy columns empty.
     """
     row: dict[str, float | None] = dict.fromkeys(ACCURACY_COLUMNS)
     row["num_images"] = len(logits)
     row["logit_cosine"] = centred_cosine(logits, baseline)
-    chosen = slice(None) if columns is None else columns
+    chosen = slice(None) if class_logits is None else class_logits
     scored, scored_baseline = logits[:, chosen], baseline[:, chosen]
     row["agreement_percent"] = percent(scored.argmax(1) == scored_baseline.argmax(1))
-    if labels is None or columns is None:
+    if labels is None or class_logits is None:
         return row
     correct, correct_baseline = (x.argmax(1) == labels for x in (scored, scored_baseline))
     row["top1_percent"] = percent(correct)
     row["top5_percent"] = percent(top_k_correct(scored, labels, 5))
-    if len(columns) < logits.shape[1]:
-        row["top1_full_head_percent"] = percent(logits.argmax(1) == torch.tensor(columns)[labels])
+    if len(class_logits) < logits.shape[1]:
+        row["top1_full_head_percent"] = percent(
+            logits.argmax(1) == torch.tensor(class_logits)[labels]
+        )
     if logits is not baseline:  # the baseline's difference to itself is no measurement
         difference = paired_difference(correct, correct_baseline)
         row["top1_difference_points"] = difference.points
@@ -103,7 +105,8 @@ def centred_cosine(logits: Tensor, baseline: Tensor) -> float:
     A shift common to all classes changes no prediction and no probability, so it is taken out.
     """
     x, y = (t.double() - t.double().mean(dim=1, keepdim=True) for t in (logits, baseline))
-    return torch.nn.functional.cosine_similarity(x, y, dim=1).mean().item()
+    cosine = torch.nn.functional.cosine_similarity(x, y, dim=1)
+    return cosine.masked_fill((x == y).all(1), 1.0).mean().item()  # constant logits have no angle
 
 
 def paired_difference(

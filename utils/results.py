@@ -78,7 +78,7 @@ def environment(**extra: Any) -> dict[str, Any]:
         "load_average_1min": round(os.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "gpu_driver": _gpu_query("driver_version"),
-        "gpu_sm_clock": _gpu_query("clocks.sm"),
+        "gpu_max_sm_clock": _gpu_query("clocks.max.sm"),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
         **extra,
