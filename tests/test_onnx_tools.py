@@ -140,7 +140,7 @@ def test_failed_write_leaves_the_old_file(tmp_path: Path):
     path.write_text("old")
 
     def fail() -> None:
-        with onnx_tools.replacing(path) as unfinished:
+        with onnx_tools.replacing_graph(path) as unfinished:
             unfinished.write_text("half")
             raise RuntimeError
 

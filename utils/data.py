@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from utils.cli import UserError
+from utils.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE_DIR = Path(os.environ.get("DATA_CACHE_DIR", ROOT / "data" / "cache"))
@@ -347,18 +348,14 @@ def _read_cache(path: Path, count: int) -> Tensor | None:
 
 
 def _write_cache(path: Path, prefix: str, images: Tensor) -> None:
-    """Write to a temporary name, rename, and drop what the same source left before."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    """Write the cache file, and drop what the same source left before."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"images": images}, temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            save_file({"images": images}, temporary)
     except (OSError, SafetensorError) as error:
         print(f"note: decoded images are not cached ({error})")
         return
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     for stale in path.parent.glob(f"{prefix}*.safetensors"):
         if stale != path:
             stale.unlink(missing_ok=True)

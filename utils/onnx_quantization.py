@@ -18,7 +18,6 @@ import numpy as np
 from utils.onnx_tools import save_onnx
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # of the 8-bit type; fp8 is e4m3
-PARTS = ("linear", "attention", "residual")
 FEWEST_CHANNELS = 16  # a narrower product does not fill an 8-bit matrix instruction
 MOST_FP8_TAPS = 32  # TensorRT has fp8 convolutions only for smaller kernels, and more channels
 CLIPPING = np.linspace(0.3, 1.0, 36)  # of the largest magnitude seen: candidates for an int8 range
@@ -199,7 +198,7 @@ def quantize_graph(
 
     Args:
         kind: `int8` or `fp8`.
-        parts: of PARTS.
+        parts: what is quantised, of `linear`, `attention` and `residual`.
         images: float32 `[N, 3, S, S]`, preprocessed training images.
 
     Raises:

@@ -60,7 +60,7 @@ def write_onnx(module: nn.Module, example: Tensor, path: Path) -> float:
     ClearMetadataAndDocStringPass()(program.model)
     weights = program.model.graph.initializers.values()
     size = sum(weight.const_value.nbytes for weight in weights)
-    with replacing(path) as unfinished:
+    with replacing_graph(path) as unfinished:
         program.save(unfinished, external_data=size > EXTERNAL_DATA_BYTES)
     return time.perf_counter() - start
 
@@ -70,14 +70,14 @@ def save_onnx(model: Any, path: Path) -> None:
     import onnx
 
     external = sum(len(t.raw_data) for t in model.graph.initializer) > EXTERNAL_DATA_BYTES
-    with replacing(path) as unfinished:
+    with replacing_graph(path) as unfinished:
         onnx.save_model(
             model, unfinished, save_as_external_data=external, location=f"{path.name}.data"
         )
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing_graph(path: Path) -> Iterator[Path]:
     """A name to write a graph to, and its data beside; at the end they move to `path`."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         unfinished = Path(folder) / path.name

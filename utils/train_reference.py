@@ -42,6 +42,7 @@ from utils.data import (
     to_device,
 )
 from utils.evaluation import percent, predict
+from utils.files import replacing
 from utils.training import capture, memory_format, prepare_backend, warmup_cosine
 
 QUICK_IMAGES = 300
@@ -275,9 +276,8 @@ class Run:
     def save(self, path: Path, key: str) -> None:
         parts = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         parts |= {name: parts[name].state_dict() for name in ("module", "ema", "optimizer")}
-        temporary = path.with_suffix(".tmp")
-        torch.save(parts | {"key": key}, temporary)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            torch.save(parts | {"key": key}, temporary)
 
     def load(self, path: Path, key: str) -> None:
         """Take up the checkpoint if there is one and it belongs to the same recipe and images."""
