@@ -13,7 +13,6 @@ images are looked at once for each trained network.
 """
 
 import argparse
-import contextlib
 import functools
 import json
 import math
@@ -89,6 +88,8 @@ def suggest(trial: optuna.trial.BaseTrial, batch_sizes: Sequence[int]) -> HParam
     )
 
 
+DEEPEST = HParams(depth1=2, depth2=3, depth3=3)  # of the search space
+
 # Known to work with batches of 512; rates grow with the root of the batch. Muon serves the kernels
 # of the inner convolutions, SGD whatever else it trains.
 PEAK_RATES = {"sgd": 0.8, "adamw": 4e-3, "muon": 0.06}
@@ -118,7 +119,9 @@ def fit_width(hparams: HParams, num_classes: int, max_params: int) -> HParams:
         if count_parameters(narrower, num_classes) <= max_params:
             return narrower
     least = count_parameters(narrower, num_classes)
-    raise cli.UserError(f"--max-params {max_params}: the narrowest such network has {least}")
+    raise cli.UserError(
+        f"--max-params {max_params}: the narrowest such network has {least} parameters; raise it"
+    )
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -369,14 +372,14 @@ def start_network(hparams: HParams, num_classes: int, device: torch.device, seed
 class Setting:
     """What all trainings of a run share."""
 
-    study: str  # its name
+    study_name: str
     dataset: str
     data_dir: Path | None
     image_size: int  # pixels, of an image folder
     num_images: int | None
     flip: bool
     max_params: int
-    threads: int  # of each process, on a CPU
+    threads: int  # on a CPU
     seed: int
 
     def load(self, split: str) -> data.ImageSet:
@@ -466,16 +469,18 @@ def run_finalists(
     A trial is several times shorter, which favours whatever learns fast, and the best of many short
     trials owes something to luck. Returns rows of finalists.csv, none if there is no choice.
     """
-    (output_dir / "finalists.csv").unlink(missing_ok=True)
     trials = tuning_report.best_trials(whole, number)
     if number < 2 or len(trials) < 2:
+        (output_dir / "finalists.csv").unlink(missing_ok=True)
+        tuning_report.write_best_trial(whole, output_dir)
         return []
     jobs = [(setting, HParams(**trial.user_attrs["hparams"]), epochs) for trial in trials]
     rows: list[dict[str, Any]] = []
     outcomes = run_jobs(train_finalist, jobs, places_of(device))
     bar = tqdm(outcomes, total=len(jobs), unit="finalist", disable=None)
     for trial, (failure, columns) in zip(trials, bar, strict=True):
-        row = {"study": setting.study, "trial": trial.number, "trial_top1_percent": trial.value}
+        row = {"study": setting.study_name, "trial": trial.number}
+        row |= {"trial_top1_percent": trial.value}
         row |= {"epochs": epochs, "hparams": json.dumps(trial.user_attrs["hparams"])}
         rows.append(row | {"status": "ok"} | failure | (columns or {}))
         tuning_report.write_finalists(rows, trials[: len(rows)], whole, output_dir)
@@ -558,6 +563,7 @@ def run_final(
     repeats: int,
     compiled: bool,
     device: torch.device,
+    environment: dict[str, Any],
     output_dir: Path,
 ) -> list[dict[str, Any]]:
     """Train every configuration with every seed, on all GPUs at once; a row of final.csv each."""
@@ -569,34 +575,39 @@ def run_final(
     outcomes = run_jobs(train_final, jobs, places_of(device))
     bar = tqdm(outcomes, total=len(jobs), unit="training", disable=None)
     for (seed, name), (failure, outcome) in zip(runs, bar, strict=True):
-        about = {"study": setting.study, "configuration": name, "seed": seed}
+        about = {"study": setting.study_name, "configuration": name, "seed": seed}
         row = about | {"epochs": epochs, "compiled": compiled, "status": "ok"} | failure
         row["hparams"] = json.dumps(asdict(configurations[name]))
         if outcome is not None:
             columns, epochs_done, checkpoint = outcome
             row |= columns
             history += [about | asdict(done) for done in epochs_done]
-            # The first seed's, whatever its accuracy: the best of several would flatter.
-            if name == "tuned" and seed == setting.seed:
-                save_network(output_dir / "best.safetensors", checkpoint, setting, row)
+        if not rows:
+            results.write_json(output_dir / "final_environment.json", environment)
         rows.append(row)
         tuning_report.write_final(rows, history, output_dir)
+        # The first seed's, whatever its accuracy: the best of several would flatter.
+        if outcome is not None and name == "tuned" and seed == setting.seed:
+            save_network(output_dir / "best.safetensors", checkpoint, setting, row, device)
         shown = f"top-1 {row['top1_percent']:.2f} %" if outcome else row["reason"]
         tqdm.write(f"{name}, seed {seed}: {shown}")
     return rows
 
 
 def save_network(
-    path: Path, checkpoint: models.Checkpoint, setting: Setting, row: dict[str, Any]
+    path: Path,
+    checkpoint: models.Checkpoint,
+    setting: Setting,
+    row: dict[str, Any],
+    device: torch.device,
 ) -> None:
     """Write the weights and a card that says how they came about."""
     test_set = setting.load(data.ACCURACY_SPLIT[setting.dataset])
     network = SmallCNN(**checkpoint.architecture)
     about = {key: row[key] for key in ("seed", "epochs", "train_images", "train_seconds")}
     hparams = json.loads(row["hparams"])
-    models.write_checkpoint(
-        path, checkpoint, network, test_set, {"hyperparameters": hparams, "training": about}
-    )
+    facts = {"hyperparameters": hparams, "training": about}
+    models.write_checkpoint(path, checkpoint, network, test_set, facts, device)
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -617,7 +628,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--workers", type=number, default=1, help="processes of the study, spread over the GPUs")
     add("--timeout", type=cli.positive_float, help="seconds after which no trial starts")
     add("--tune-epochs", type=number, default=15, help="epochs of each trial")
-    add("--finalists", type=number, default=4, help="best trials trained again at full length")
+    add("--finalists", type=number, default=4, help="trials trained again at full length; 1: none")
     add("--sampler", choices=study.SAMPLERS, default="tpe", help="how configurations are chosen")
     add("--pruner", choices=study.PRUNERS, default="hyperband", help="which trials end early")
     add("--storage", help="journal file or database URL; study.journal in the output folder")
@@ -634,7 +645,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--compile", action=boolean, default=True, help="compile the final trainings on a GPU")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-    add("--threads", type=number, default=threads, help="CPU threads, shared by the workers")
+    add("--threads", type=number, default=threads, help="CPU threads, shared by a study's workers")
     add("--seed", type=cli.seed, default=0, help="of the study and of the first final training")
     add("--output-dir", type=Path, default=Path("results/part2"), help="folder for all results")
     args = cli.parse_quick(parser, argv, QUICK)
@@ -653,13 +664,18 @@ def prepare_output(output_dir: Path, study_name: str) -> Path:
 
 
 def load_checked(setting: Setting, tuned: bool) -> data.ImageSet:
-    """The training images; UserError if they, or the test images, do not suffice."""
+    """The training images; UserError if they, the test images or the limit do not suffice."""
     images = setting.load("train")
     setting.load(data.ACCURACY_SPLIT[setting.dataset])
-    if len(images.classes) < 2 or images.images.shape[-1] < 8:
-        raise cli.UserError(f"{setting.dataset}: at least two classes and 8 pixels are needed")
+    height, width = images.images.shape[-2:]
+    if len(images.classes) < 2 or width < 8 or height != width:
+        raise cli.UserError(
+            f"{setting.dataset}: {len(images.classes)} classes of {height}x{width} pixels; give "
+            "images of at least two classes, square and of at least 8 pixels"
+        )
     if tuned:
         data.hold_out(images, HELD_OUT)
+        fit_width(DEEPEST, len(images.classes), setting.max_params)
     return images
 
 
@@ -671,21 +687,28 @@ def run_study(
     environment: dict[str, Any],
     output_dir: Path,
 ) -> optuna.Study:
-    """Run or continue the study and write its tables, also when it is interrupted."""
+    """Run or continue the study and write its tables, also when it is interrupted.
+
+    Raises:
+        UserError: see `study.tune`; or no trial is complete.
+    """
     storage = args.storage or str(output_dir / "study.journal")
     threads = max(1, args.threads // args.workers)
+    opened: list[optuna.Study] = []
     about = describe_study(setting, images, args.tune_epochs, args.sampler, args.pruner)
     # Not yet narrowed to max_params: each trial does that, and its width lies in the search space.
     default = asdict(default_hparams(images, setting.max_params)) | {"width": HParams().width}
     names = [field.name for field in fields(HParams)]
 
-    def begin() -> None:
+    def begin(found: optuna.Study) -> None:
+        opened.append(found)
         if args.fresh:
             tuning_report.delete_results(output_dir)
-        results.write_json(output_dir / "environment.json", environment)
+        if study.trials_left(found, args.trials) > 0:  # else nothing comes from this run
+            results.write_json(output_dir / "environment.json", environment)
 
     try:
-        study.tune(
+        whole = study.tune(
             functools.partial(make_objective, replace(setting, threads=threads), args.tune_epochs),
             storage=storage,
             study_name=args.study_name,
@@ -702,20 +725,28 @@ def run_study(
             fresh=args.fresh,
             on_open=begin,
         )
-    except BaseException:
-        with contextlib.suppress(cli.UserError):  # the first error says what is wrong
-            tuning_report.write_study(study.load_study(storage, args.study_name), names, output_dir)
-        raise
-    whole = study.load_study(storage, args.study_name)
-    tuning_report.write_study(whole, names, output_dir)
+    finally:
+        for found in opened:
+            tuning_report.write_study(found, names, output_dir)
+    if not tuning_report.best_trials(whole, 1):
+        raise cli.UserError(
+            f"no trial is complete: see {output_dir / 'trials.csv'} for reasons; raise --trials or "
+            "--timeout, or choose --pruner none"
+        )
     print(output_dir / "trials.csv")
     return whole
 
 
-def read_tuned(path: Path, setting: Setting) -> HParams:
+def read_tuned(path: Path, setting: Setting, classes: Sequence[str]) -> HParams:
     """The best configuration that the study left in `path`; UserError if it is not usable."""
-    hparams = HParams(**tuning_report.read_best(path, setting.dataset, HParams()))
+    digest = tuning_report.digest(classes)
+    hparams = HParams(**tuning_report.read_best(path, setting.dataset, digest, HParams()))
     cli.check_name(hparams.optimizer, PEAK_RATES, "optimizer")
+    parameters = count_parameters(hparams, len(classes))
+    if parameters > setting.max_params:
+        raise cli.UserError(
+            f"{path} has {parameters} parameters, --max-params is {setting.max_params}: raise it"
+        )
     return hparams
 
 
@@ -728,17 +759,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.check_name(args.dataset, data.DATASETS, "data set")
     for name in args.configurations:
         cli.check_name(name, CONFIGURATIONS, "configuration")
-    setting = Setting(
-        study=args.study_name,
-        dataset=args.dataset,
-        data_dir=args.data_dir,
-        image_size=args.image_size,
-        num_images=args.num_images,
-        flip=args.flip,
-        max_params=args.max_params,
-        threads=args.threads,
-        seed=args.seed,
-    )
+    setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
     images = load_checked(setting, tuned=args.stage != "final")
     output_dir = prepare_output(args.output_dir, args.study_name)
     environment = results.environment(threads=args.threads)
@@ -748,18 +769,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows = run_finalists(setting, whole, args.finalists, epochs, device, output_dir)
     if args.stage == "tune":
         return int(any(row["status"] == "failed" for row in rows))
-    default = default_hparams(images, args.max_params)
-    chosen = {
-        name: default if name == "default" else read_tuned(output_dir / "best_params.json", setting)
-        for name in args.configurations
-    }
+    known = {"default": default_hparams(images, args.max_params)}
+    if "tuned" in args.configurations:
+        known["tuned"] = read_tuned(output_dir / "best_params.json", setting, images.classes)
+    chosen = {name: known[name] for name in args.configurations}
     compiled = args.compile and device.type == "cuda"
-    results.write_json(output_dir / "final_environment.json", environment)
-    final = run_final(setting, chosen, epochs, args.repeats, compiled, device, output_dir)
-    results.print_table(tuning_report.summarize(final), tuning_report.SHOWN)
+    final = run_final(
+        setting, chosen, epochs, args.repeats, compiled, device, environment, output_dir
+    )
+    summary = tuning_report.summarize(final)
+    if summary:
+        results.print_table(summary, tuning_report.SHOWN)
     print(output_dir / "final.csv")
-    rows += final
-    return int(any(row["status"] == "failed" for row in rows))
+    return int(not summary or any(row["status"] == "failed" for row in [*rows, *final]))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def write_tables(data: Path) -> None:
         pd.read_csv(data / f"part2_{name}.csv")
         for name in ("trials", "history", "finalists", "final", "probe_trials")
     )
-    shortest = int(trials.epochs.min())  # before it the pruner ended no trial
+    shortest = int(trials.epochs[trials.state != "fail"].min())  # before, no trial was pruned
     derived = {
         "optimizers": compare_optimizers(trials, history, shortest),
         "costs": summarize_costs(trials, finalists),

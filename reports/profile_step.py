@@ -187,7 +187,7 @@ def synchronize(device: torch.device) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Profile the default network's step and measure convolutions."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="which")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
     parser.add_argument("--quick", action="store_true", help="a few small shapes, to try it out")
     parser.add_argument(
         "--output-dir", type=Path, default=Path("results/part2"), help="folder for the tables"

@@ -2,11 +2,13 @@
 
 import os
 import signal
+import threading
+import time
 
 import pytest
 
 from utils.cli import UserError
-from utils.isolation import run_jobs
+from utils.isolation import Worker, run_jobs
 
 
 def work(number: int, place: str) -> tuple[int, str, int]:
@@ -41,3 +43,25 @@ def test_a_failed_job_is_a_reason_and_a_dead_process_is_replaced():
 def test_a_users_error_ends_all_jobs():
     with pytest.raises(UserError, match="no such thing"):
         list(run_jobs(work, [(i,) for i in (1, 99, 99, 99, 2)], ["a", "b"]))
+
+
+def sleep_and_note(worker: Worker, errors: list[BaseException]) -> None:
+    try:
+        worker.run(time.sleep, 60)
+    except BaseException as error:
+        errors.append(error)
+
+
+def test_stopping_a_busy_process_ends_its_job_without_another_error():
+    for _ in range(8):
+        errors: list[BaseException] = []
+        worker = Worker()
+        worker.run(os.getpid)
+        thread = threading.Thread(target=sleep_and_note, args=(worker, errors))
+        thread.start()
+        time.sleep(0.05)
+        worker.stop()
+        thread.join(10)
+        assert not thread.is_alive()
+        (error,) = errors
+        assert str(error) == f"its process ended with {-signal.SIGTERM}"

@@ -9,6 +9,7 @@ import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pandas as pd
@@ -74,11 +75,23 @@ def test_search_space_holds_the_default_and_respects_its_bounds():
     assert part2.suggest(trial, sizes) == default
     for name, distribution in trial.distributions.items():
         assert distribution._contains(distribution.to_internal_repr(getattr(default, name)))
-    drawn = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
-    for _ in range(30):
-        hparams = part2.suggest(drawn.ask(), sizes)
-        fitted = part2.fit_width(hparams, 100, 5_000_000)
-        assert part2.count_parameters(fitted, 100) <= 5_000_000
+    numeric: dict[str, Any] = {
+        name: distribution
+        for name, distribution in trial.distributions.items()
+        if not isinstance(distribution, optuna.distributions.CategoricalDistribution)
+    }
+    bounds = {name: (found.low, found.high) for name, found in numeric.items()}
+    assert bounds == {
+        "width": (48, 96),
+        "depth1": (0, 2),
+        "depth2": (1, 3),
+        "depth3": (1, 3),
+        "dropout": (0.0, 0.2),
+        "learning_rate": (0.2, 2.5),
+        "cutmix": (0.3, 0.7),
+    }
+    deepest = {name: getattr(part2.DEEPEST, name) for name in ("depth1", "depth2", "depth3")}
+    assert deepest == {name: bounds[name][1] for name in deepest}
     assert part2.batch_sizes_for(100) == [32, 64, 128]
 
 
@@ -107,6 +120,8 @@ def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(name):
     assert decay[id(network.head.weight)] == part2.WEIGHT_DECAYS[name]
     assert isinstance(optimizers[0][0], Muon) == (name == "muon")
     assert optimizers[0][1] == pytest.approx(part2.PEAK_RATES[name] / 4)  # batches of 32
+    if name == "muon":
+        assert optimizers[1][1] == pytest.approx(0.2 / 4)
 
 
 def test_augment_without_mixing_is_a_crop_of_the_normalised_image():
@@ -249,6 +264,7 @@ def test_quick_run_writes_everything(quick: Path):
         ("tuned", 1),
     ]
     assert (final.top1_percent > 80).all()
+    assert final.final_loss.nunique() == 4  # each seed is another training
     for name in ("optimization_history.png", "learning_curves.png", "final.png"):
         assert (quick / name).read_bytes().startswith(b"\x89PNG")
     assert "libraries" in json.loads((quick / "environment.json").read_text())
@@ -273,6 +289,7 @@ def test_the_saved_network_is_that_of_the_first_tuned_training(quick: Path):
 
 def test_the_study_continues_and_final_trainings_replace_the_last_ones(quick: Path, capsys):
     trials = (quick / "trials.csv").read_bytes()
+    before = {name: (quick / name).read_bytes() for name in ("environment.json", "trials.csv")}
     command = ["--quick", "--output-dir", str(quick.parent)]
     flags = ["--final-epochs", "1", "--repeats", "1"]
     assert part2.main([*command, *flags]) == 0
@@ -280,12 +297,15 @@ def test_the_study_continues_and_final_trainings_replace_the_last_ones(quick: Pa
     final = pd.read_csv(quick / "final.csv")
     assert final.configuration.tolist() == ["default", "tuned"]
     assert final.epochs.tolist() == [1, 1]
+    assert {name: (quick / name).read_bytes() for name in before} == before  # no new trial
     capsys.readouterr()
 
+    best = (quick / "best_params.json").read_bytes()
     other = [*command, "--stage", "tune", "--tune-epochs", "1", "--trials", "2"]
     assert part2.main(other) == 2  # another setting
-    assert "epochs" in capsys.readouterr().err
+    assert "made with epochs 4, now it is 1" in capsys.readouterr().err
     assert (quick / "trials.csv").read_bytes() == trials
+    assert (quick / "best_params.json").read_bytes() == best
     assert part2.main([*other, "--fresh", "--num-images", "5"]) == 2
     assert (quick / "final.csv").exists()  # nothing is deleted before the images are good
     assert part2.main([*other, "--fresh"]) == 0
@@ -315,8 +335,16 @@ def test_finished_finalists_outlive_an_interruption(tmp_path: Path, monkeypatch)
         yield {"status": "failed", "reason": "why"}, None
         raise KeyboardInterrupt
 
+    def interrupted_at_once(function, jobs, places):
+        raise KeyboardInterrupt
+        yield
+
+    (tmp_path / "finalists.csv").write_text("of an earlier run")
+    monkeypatch.setattr(part2, "run_jobs", interrupted_at_once)
+    with pytest.raises(KeyboardInterrupt):
+        part2.run_finalists(SETTING, whole, 3, 9, CPU, tmp_path)
+    assert (tmp_path / "finalists.csv").read_text() == "of an earlier run"
     monkeypatch.setattr(part2, "run_jobs", interrupted)
-    (tmp_path / "finalists.csv").write_text("of an earlier study")
     with pytest.raises(KeyboardInterrupt):
         part2.run_finalists(SETTING, whole, 3, 9, CPU, tmp_path)
     table = pd.read_csv(tmp_path / "finalists.csv")
@@ -334,13 +362,15 @@ def test_a_configuration_of_another_data_set_is_not_trained(quick: Path, image_f
 
 def test_a_training_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path, monkeypatch):
     good, bad = part2.HParams(width=8, batch_size=64), part2.HParams(width=8, optimizer="none")
-    rows = part2.run_final(SETTING, {"default": bad, "tuned": good}, 1, 1, False, CPU, tmp_path)
+    chosen = {"default": bad, "tuned": good}
+    rows = part2.run_final(SETTING, chosen, 1, 1, False, CPU, {"who": "me"}, tmp_path)
     assert [row["status"] for row in rows] == ["failed", "ok"]
     assert "none" in rows[0]["reason"]
     table = pd.read_csv(tmp_path / "final.csv")
     assert table.status.tolist() == ["failed", "ok"]
     assert table.top1_percent.isna().tolist() == [True, False]
     assert (tmp_path / "best.safetensors").exists()
+    assert json.loads((tmp_path / "final_environment.json").read_text()) == {"who": "me"}
     assert [row["trainings"] for row in part2.tuning_report.summarize(rows)] == [1]
 
 
@@ -351,6 +381,45 @@ def test_a_named_study_has_a_folder_of_its_own(tmp_path: Path):
     final = pd.read_csv(tmp_path / "random" / "final.csv")
     assert final.configuration.tolist() == ["tuned"]
     assert json.loads((tmp_path / "random" / "best_params.json").read_text())["study"] == "random"
+
+
+def test_held_out_images_are_not_trained_on():
+    task, held_out = part2.load_held_out_task(SETTING, CPU)
+    assert (len(task.images), len(held_out)) == (180, 20)
+    trained = {image.numpy().tobytes() for image in task.images.images}
+    everything = {image.numpy().tobytes() for image in SETTING.load("train").images}
+    apart = {image.numpy().tobytes() for image in held_out.images}
+    assert not trained & apart
+    assert trained | apart == everything
+
+
+def test_final_trainings_that_all_lack_something_are_no_success(tmp_path: Path, monkeypatch):
+    def too_little_memory(function, jobs, places):
+        return [({"status": "unavailable", "reason": "out of memory"}, None) for _ in jobs]
+
+    monkeypatch.setattr(part2, "run_jobs", too_little_memory)
+    flags = ["--stage", "final", "--configurations", "default", "--output-dir", str(tmp_path)]
+    assert part2.main([*TINY_RUN, *flags]) == 1
+    assert pd.read_csv(tmp_path / "final.csv").status.tolist() == ["unavailable"]
+
+
+def test_a_best_configuration_must_fit_these_classes_and_the_limit(quick: Path):
+    path, setting = quick / "best_params.json", replace(SETTING, max_params=150_000)
+    classes = setting.load("train").classes
+    assert part2.read_tuned(path, setting, classes).width >= 8
+    with pytest.raises(UserError, match="other classes"):
+        part2.read_tuned(path, setting, classes[:-1])
+    with pytest.raises(UserError, match="--max-params is 1000: raise it"):
+        part2.read_tuned(path, replace(setting, max_params=1000), classes)
+
+
+def test_images_that_are_not_square_are_refused(monkeypatch):
+    images = ImageSet(
+        "digits", "train", torch.zeros(4, 3, 8, 9).byte(), torch.tensor([0, 1, 0, 1]), ("a", "b")
+    )
+    monkeypatch.setattr(part2.data, "load_images", lambda *_: images)
+    with pytest.raises(UserError, match="8x9 pixels"):
+        part2.load_checked(SETTING, tuned=True)
 
 
 def test_default_alone_needs_no_study(tmp_path: Path):
@@ -448,7 +517,8 @@ def test_checkpoints_that_are_not_usable(damage, tmp_path: Path):
     checkpoint = Checkpoint(round_to_half(network), architecture, how, 9.0)
     path = tmp_path / "net.safetensors"
     row = {"seed": 0, "epochs": 1, "train_images": 30, "train_seconds": 1.0, "hparams": "{}"}
-    part2.save_network(path, checkpoint, SETTING, row)
+    part2.save_network(path, checkpoint, SETTING, row, CPU)
+    assert json.loads(path.with_suffix(".json").read_text())["hardware"] == "CPU"
     assert isinstance(part2.load_checkpoint(path).module, nn.Module)
     card = path.with_suffix(".json")
     if damage == "missing":

@@ -143,7 +143,7 @@ def test_a_study_of_another_setting_is_not_continued(journal: Path) -> None:
     arguments = settings(journal, trials=0, setting={"epochs": 12, "data": "a"})
     study.tune(make_quick, **arguments).enqueue_trial({"x": 1.0})
     assert len(study.tune(make_quick, **arguments).trials) == 1
-    with pytest.raises(UserError, match="was made with epochs 12, not 6"):
+    with pytest.raises(UserError, match="was made with epochs 12, now it is 6"):
         study.tune(make_quick, **{**arguments, "setting": {"epochs": 6, "data": "a"}})
 
 

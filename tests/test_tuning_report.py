@@ -83,10 +83,17 @@ def test_few_complete_trials_have_no_importances(tmp_path: Path):
     assert not (tmp_path / "importances.png").exists()
 
 
-def test_no_complete_trial_is_an_error_that_keeps_the_table(tmp_path: Path):
-    with pytest.raises(UserError, match="no trial is complete"):
-        tuning_report.write_study(make_study(0), NAMES, tmp_path)
+def test_without_a_complete_trial_there_is_a_table_and_no_best_configuration(tmp_path: Path):
+    tuning_report.write_study(make_study(0), NAMES, tmp_path)
     assert len(pd.read_csv(tmp_path / "trials.csv")) == 2
+    assert not (tmp_path / "best_params.json").exists()
+
+
+def test_finalists_decide_before_trials(tmp_path: Path):
+    (tmp_path / "finalists.csv").write_text("")
+    (tmp_path / "best_params.json").write_text("theirs")
+    tuning_report.write_study(make_study(3), NAMES, tmp_path)
+    assert (tmp_path / "best_params.json").read_text() == "theirs"
 
 
 def test_the_best_finalist_is_the_best_configuration(tmp_path: Path):
@@ -164,6 +171,10 @@ def test_final_table_and_figure(tmp_path: Path):
         ('{"dataset": "digits", "hparams": {"x": 1.0}}', "damaged"),
         ('{"dataset": "digits", "hparams": {"x": 1.0, "noise": "loud"}}', "damaged"),
         ('{"dataset": "cifar100", "hparams": {"x": 1.0, "noise": 2.0}}', "found on cifar100"),
+        (
+            '{"dataset": "digits", "classes": "def", "hparams": {"x": 1.0, "noise": 2.0}}',
+            "found on other classes",
+        ),
     ],
 )
 def test_best_configurations_that_are_not_usable(text, message, tmp_path: Path):
@@ -171,12 +182,12 @@ def test_best_configurations_that_are_not_usable(text, message, tmp_path: Path):
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match=message):
-        tuning_report.read_best(path, "digits", Example())
+        tuning_report.read_best(path, "digits", "abc", Example())
 
 
 def test_best_configuration_is_read_back(tmp_path: Path):
     tuning_report.write_study(make_study(3), NAMES, tmp_path)
-    best = tuning_report.read_best(tmp_path / "best_params.json", "digits", Example())
+    best = tuning_report.read_best(tmp_path / "best_params.json", "digits", "abc", Example())
     assert best == {"x": 2 / 3, "noise": pytest.approx((2 * 7 % 3) / 3)}
 
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -36,6 +37,7 @@ class Worker:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "timm", "pandas"])
         self._pool = ProcessPoolExecutor(1, context, initializer=_prepare)
+        self._ending = threading.Lock()  # two threads that shut the pool down close a file twice
         self._pool.submit(os.getpid)  # starts the process, which goes on importing by itself
         (self._process,) = self._pool._processes.values()
 
@@ -50,7 +52,8 @@ class Worker:
         try:
             return self._pool.submit(_run_portably, function, *arguments).result()
         except BrokenProcessPool as error:
-            self._pool.shutdown(wait=True)  # two threads asking for an exit code lose it
+            with self._ending:
+                self._pool.shutdown(wait=True)
             if self._process.exitcode == -signal.SIGKILL:
                 raise UnavailableError("its process was killed: not enough memory?") from error
             raise RuntimeError(f"its process ended with {self._process.exitcode}") from error
@@ -62,7 +65,8 @@ class Worker:
     def stop(self) -> None:
         """End the process at once, even in the middle of a compilation."""
         self._process.terminate()
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        with self._ending:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> "Worker":
         return self
@@ -74,7 +78,8 @@ class Worker:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            self._pool.shutdown(wait=True)
+            with self._ending:
+                self._pool.shutdown(wait=True)
         else:  # a busy worker must not hold up Ctrl-C
             self.stop()
 

@@ -328,6 +328,7 @@ def write_checkpoint(
     network: nn.Module,
     test_set: ImageSet,
     about: dict[str, Any],
+    device: torch.device,
 ) -> None:
     """Write the weights, then the card that vouches for them, each renamed when it is whole.
 
@@ -335,6 +336,7 @@ def write_checkpoint(
         network: built with the checkpoint's architecture, on the CPU; gets its weights.
         test_set: the images of its accuracy.
         about: how it came about, for the card.
+        device: where it was trained, for the card.
     """
     network.load_state_dict(checkpoint.state)
     how = checkpoint.preprocessing
@@ -351,7 +353,7 @@ def write_checkpoint(
         "sample_logits": sample_logits(network.eval(), how.input_size),
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         **about,
     }
     weights = save(checkpoint.state)

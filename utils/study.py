@@ -66,7 +66,7 @@ def tune(
     default_params: dict[str, Any] | None = None,
     setting: dict[str, Any] | None = None,
     fresh: bool = False,
-    on_open: Callable[[], None] | None = None,
+    on_open: Callable[[optuna.Study], None] | None = None,
 ) -> optuna.Study:
     """Maximise an objective in worker processes until the study has `trials` finished trials.
 
@@ -82,7 +82,7 @@ def tune(
         device: of type cuda: worker i takes GPU i modulo their number; cpu: they share the threads.
         max_epochs: reports of a trial that runs to its end, in steps 1, 2, …
         timeout: seconds after which no trial is started; the running ones are finished.
-        on_open: called when the storage has been opened and its study may be continued.
+        on_open: called with the study when it has been opened and may be continued.
         default_params: trial 0 of a new study.
         setting: what all trials must share, in JSON's types; kept in the study's user attributes.
         fresh: delete the study of this name first.
@@ -101,11 +101,11 @@ def tune(
         study = create_study(storage, study_name, fresh)
         _check_setting(study, setting or {})
         if on_open is not None:
-            on_open()
+            on_open(study)
         _recover(study)
         if default_params and not study.get_trials(deepcopy=False):
             study.enqueue_trial(default_params, user_attrs={"default": True})
-        workers = min(workers, _left(study, trials))
+        workers = min(workers, trials_left(study, trials))
         work = functools.partial(
             _work,
             make_objective,
@@ -177,8 +177,8 @@ def _check_setting(study: optuna.Study, setting: dict[str, Any]) -> None:
     for key, value in study.user_attrs.get("setting", {}).items():
         if setting.get(key) != value:
             raise UserError(
-                f"study {study.study_name!r} was made with {key} {value}, not {setting.get(key)}: "
-                "use that, another --study-name, or --fresh"
+                f"study {study.study_name!r} was made with {key} {value}, now it is "
+                f"{setting.get(key)}: go back to that, or use another --study-name or --fresh"
             )
 
 
@@ -196,7 +196,7 @@ def _recover(study: optuna.Study) -> None:
             _give_up(study, trial, "its process is gone", killed=True)
 
 
-def _left(study: optuna.Study, total: int) -> int:
+def trials_left(study: optuna.Study, total: int) -> int:
     """How many trials may still be handed out. Those that run, here or elsewhere, have theirs."""
     trials = study.get_trials(deepcopy=False)
     return total - sum(is_finished(t) or t.state == TrialState.RUNNING for t in trials)
@@ -302,7 +302,7 @@ def _lead(
     """Hand out trials until `total` are finished or time is up; replace workers that die."""
 
     def may_start() -> bool:
-        return time.monotonic() < deadline and _left(study, total) > 0
+        return time.monotonic() < deadline and trials_left(study, total) > 0
 
     workers, deaths = len(crew), 0  # deaths in a row, without a finished trial between them
     with _progress(study, total) as report:

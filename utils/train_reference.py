@@ -536,7 +536,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     checkpoint = round_and_score(vit, recipe, test_set, device)
     network = models.build_reference_vit(**checkpoint.architecture)
     facts |= {"recipe": dataclasses.asdict(recipe)}
-    models.write_checkpoint(path, checkpoint, network, test_set, facts)
+    models.write_checkpoint(path, checkpoint, network, test_set, facts, device)
     for file in checkpoints.glob("*.pt"):
         file.unlink()
     print(f"top-1 {checkpoint.top1:.2f} % of {len(test_set)} {test_set.split} images; wrote {path}")

@@ -158,37 +158,39 @@ def importance_rows(study: optuna.Study) -> list[Row]:
 
 
 def write_study(study: optuna.Study, names: Sequence[str], folder: Path) -> None:
-    """Write the best configuration, the tables and the figures of a study into the folder.
+    """Write the tables, the figures and the best configuration of a study into the folder.
 
-    `names` are the hyperparameters, a column each.
-
-    Raises:
-        UserError: no trial is complete.
+    `names` are the hyperparameters, a column each. If trials were trained again at full length,
+    finalists.csv, the best of those stays the best configuration.
     """
     trials = [t for t in study.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
     rows = [trial_row(study.study_name, trial, names) for trial in trials]
     history = [row for trial in trials for row in history_rows(study.study_name, trial)]
     results.write_csv(folder / "trials.csv", rows, (*TRIAL_COLUMNS, *names))
     results.write_csv(folder / "history.csv", history, HISTORY_COLUMNS)
-    best = next(iter(best_trials(study, 1)), None)
-    if best is None:
-        raise UserError(
-            f"no trial is complete: see {folder / 'trials.csv'} for reasons; raise --trials or "
-            "--timeout, or choose --pruner none"
-        )
-    write_best(study, best, best.value or 0.0, len(best.user_attrs.get("history", ())), folder)
+    if not (folder / "finalists.csv").exists():
+        write_best_trial(study, folder)
     importances = importance_rows(study)
     results.write_csv(folder / "importances.csv", importances, IMPORTANCE_COLUMNS)
     draw_study(rows, history, importances, folder)
+
+
+def write_best_trial(study: optuna.Study, folder: Path) -> None:
+    """Write best_params.json of the best trial, if one is complete."""
+    for best in best_trials(study, 1):
+        epochs = len(best.user_attrs.get("history", ()))
+        write_best(study, best, best.value or 0.0, epochs, folder)
 
 
 def write_best(
     study: optuna.Study, best: FrozenTrial, top1_percent: float, epochs: int, folder: Path
 ) -> None:
     """Write best_params.json: the configuration, and its held-out top-1 after so many epochs."""
+    setting = study.user_attrs.get("setting", {})
     content = {
         "study": study.study_name,
-        "dataset": study.user_attrs.get("setting", {}).get("dataset"),
+        "dataset": setting.get("dataset"),
+        "classes": setting.get("classes"),
         "trial": best.number,
         "epochs": epochs,
         "held_out_top1_percent": top1_percent,
@@ -208,11 +210,11 @@ def write_finalists(
         write_best(study, best, row["held_out_top1_percent"], row["epochs"], folder)
 
 
-def read_best(path: Path, dataset: str, example: Any) -> dict[str, Any]:
+def read_best(path: Path, dataset: str, classes: str, example: Any) -> dict[str, Any]:
     """The best configuration of a study, from best_params.json.
 
     Args:
-        dataset: the one that it must have been found on.
+        dataset, classes: what it must have been found on, the classes as a `digest`.
         example: a dataclass instance with the same fields.
 
     Raises:
@@ -233,6 +235,8 @@ def read_best(path: Path, dataset: str, example: Any) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({first_line(error)}): run --stage tune") from error
     if found != dataset:
         raise UserError(f"{path} was found on {found}: run --stage tune on {dataset} first")
+    if content.get("classes") not in (None, classes):  # files of an older version lack them
+        raise UserError(f"{path} was found on other classes: run --stage tune on these first")
     return dict(hparams)
 
 
