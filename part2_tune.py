@@ -68,6 +68,16 @@ class HParams:
     cutmix: float = 0.5  # share of the images that take a square from another
 
 
+# Known to work with batches of 512; rates grow with the root of the batch. Muon serves the kernels
+# of the inner convolutions, SGD whatever else it trains.
+PEAK_RATES = {"sgd": 0.8, "adamw": 4e-3, "muon": 0.06}
+PEAK_RATE_BESIDE_MUON = 0.2
+REFERENCE_BATCH = 512
+WEIGHT_DECAYS = {"sgd": 5e-4, "adamw": 0.05, "muon": 5e-4}
+LABEL_SMOOTHING = 0.1
+WARMUP = 0.2  # share of the steps
+
+
 def suggest(trial: optuna.trial.BaseTrial, batch_sizes: Sequence[int]) -> HParams:
     """The search space.
 
@@ -89,15 +99,6 @@ def suggest(trial: optuna.trial.BaseTrial, batch_sizes: Sequence[int]) -> HParam
 
 
 DEEPEST = HParams(depth1=2, depth2=3, depth3=3)  # of the search space
-
-# Known to work with batches of 512; rates grow with the root of the batch. Muon serves the kernels
-# of the inner convolutions, SGD whatever else it trains.
-PEAK_RATES = {"sgd": 0.8, "adamw": 4e-3, "muon": 0.06}
-PEAK_RATE_BESIDE_MUON = 0.2
-REFERENCE_BATCH = 512
-WEIGHT_DECAYS = {"sgd": 5e-4, "adamw": 0.05, "muon": 5e-4}
-LABEL_SMOOTHING = 0.1
-WARMUP = 0.2  # share of the steps
 
 
 def batch_sizes_for(num_images: int) -> list[int]:
@@ -395,14 +396,22 @@ def make_objective(
     """Load the images onto a worker's device; what is returned runs one trial."""
     # Each width has new shapes: trying kernels would take as long as a good part of the trial.
     prepare_backend(device, setting.threads, benchmark=False)
-    return functools.partial(run_trial, setting, epochs, *load_held_out_task(setting, device))
+    return functools.partial(run_trial, setting, epochs, *load_task(setting, False, device))
 
 
 @functools.cache  # a worker trains several networks on the same images
-def load_held_out_task(setting: Setting, device: torch.device) -> tuple[Task, data.ImageSet]:
-    """What configurations are compared on: training images less the held-out, and those."""
-    train_set, held_out = data.hold_out(setting.load("train"), HELD_OUT)
-    return make_task(train_set, setting.flip, device), data.to_device(held_out, device)
+def load_task(setting: Setting, final: bool, device: torch.device) -> tuple[Task, data.ImageSet]:
+    """What networks learn, and the images that judge them.
+
+    In the final training all training images and the test images, before that the training images
+    less the held-out ones, and those.
+    """
+    train_set = setting.load("train")
+    if final:
+        judges = setting.load(data.ACCURACY_SPLIT[setting.dataset])
+    else:
+        train_set, judges = data.hold_out(train_set, HELD_OUT)
+    return make_task(train_set, setting.flip, device), data.to_device(judges, device)
 
 
 def run_trial(
@@ -453,7 +462,63 @@ def describe_study(
     }
 
 
-# --- the finalists and the final training ---------------------------------------------------------
+# --- trainings at full length: the finalists, then the final networks -----------------------------
+
+
+def train_whole(
+    setting: Setting,
+    hparams: HParams,
+    epochs: int,
+    seed: int,
+    final: bool,
+    compiled: bool,
+    device: torch.device,
+) -> tuple[dict[str, Any], list[Epoch], models.Checkpoint]:
+    """In a worker: train to the end, then look once at the images that judge the network.
+
+    Returns columns of final.csv, the epochs, and what to save. The weights are rounded to fp16
+    first, so that the accuracy is that of the saved network.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    # A finalist is trained but once: trying kernels would take longer than it saves.
+    prepare_backend(device, setting.threads, benchmark=final)
+    task, judges = load_task(setting, final, device)
+    network = start_network(hparams, len(judges.classes), device, seed)
+    history = []
+    for done in train(network, hparams, task, epochs, compiled):
+        if not math.isfinite(done.loss):
+            raise FloatingPointError(f"the loss is {done.loss} in epoch {done.epoch}")
+        history.append(done)
+    state = models.round_to_half(network)
+    columns = {
+        "parameters": count_parameters(hparams, len(judges.classes)),
+        "train_images": len(task.images),
+        "train_seconds": round(history[-1].seconds, 2),
+        "setup_seconds": round(history[-1].setup_seconds, 2),
+        "final_loss": round(history[-1].loss, 4),
+        "num_images": len(judges),
+        **evaluate(network, judges, task, half=False),
+    }
+    how = data.Preprocessing(task.size, task.mean, task.std)
+    architecture = architecture_of(hparams, len(judges.classes))
+    checkpoint = models.Checkpoint(state, architecture, how, columns["top1_percent"])
+    return columns, history, checkpoint
+
+
+def train_side_by_side(
+    jobs: Sequence[tuple[Any, ...]], device: torch.device, unit: str
+) -> Iterator[tuple[dict[str, Any], Any]]:
+    """Run `train_whole` for every job on all GPUs at once, or on the CPU; results in their order.
+
+    Yields the columns `status` and `reason`, and what `train_whole` returned or None.
+    """
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    places = [torch.device("cuda", i) for i in range(gpus)] or [device]
+    outcomes = run_jobs(train_whole, jobs, places)
+    for failure, outcome in tqdm(outcomes, total=len(jobs), unit=unit, disable=None):
+        yield {"status": "ok"} | failure, outcome
 
 
 def run_finalists(
@@ -474,86 +539,25 @@ def run_finalists(
         (output_dir / "finalists.csv").unlink(missing_ok=True)
         tuning_report.write_best_trial(whole, output_dir)
         return []
-    jobs = [(setting, HParams(**trial.user_attrs["hparams"]), epochs) for trial in trials]
+    jobs = [
+        (setting, HParams(**trial.user_attrs["hparams"]), epochs, setting.seed, False, False)
+        for trial in trials
+    ]
     rows: list[dict[str, Any]] = []
-    outcomes = run_jobs(train_finalist, jobs, places_of(device))
-    bar = tqdm(outcomes, total=len(jobs), unit="finalist", disable=None)
-    for trial, (failure, columns) in zip(trials, bar, strict=True):
-        row = {"study": setting.study_name, "trial": trial.number}
-        row |= {"trial_top1_percent": trial.value}
-        row |= {"epochs": epochs, "hparams": json.dumps(trial.user_attrs["hparams"])}
-        rows.append(row | {"status": "ok"} | failure | (columns or {}))
+    outcomes = train_side_by_side(jobs, device, "finalist")
+    for trial, (status, outcome) in zip(trials, outcomes, strict=True):
+        row = {"study": setting.study_name, "trial": trial.number, **status}
+        row |= {"trial_top1_percent": trial.value, "epochs": epochs}
+        row["hparams"] = json.dumps(trial.user_attrs["hparams"])
+        if outcome is not None:
+            columns, _, _ = outcome
+            row |= {name: columns[name] for name in ("parameters", "train_seconds")}
+            row["held_out_top1_percent"] = columns["top1_percent"]
+        rows.append(row)
         tuning_report.write_finalists(rows, trials[: len(rows)], whole, output_dir)
-        shown = failure.get("reason") or f"held-out top-1 {columns['held_out_top1_percent']:.2f} %"
+        shown = f"held-out top-1 {columns['top1_percent']:.2f} %" if outcome else row["reason"]
         tqdm.write(f"finalist {trial.number}: {shown}")
     return rows
-
-
-def train_finalist(
-    setting: Setting, hparams: HParams, epochs: int, device: torch.device
-) -> dict[str, Any]:
-    """In a worker: train without the held-out images, then look at those; columns of the row."""
-    prepare_backend(device, setting.threads, benchmark=False)  # each is trained but once
-    task, held_out = load_held_out_task(setting, device)
-    network = start_network(hparams, len(held_out.classes), device, setting.seed)
-    history = train_to_the_end(network, hparams, task, epochs, compiled=False)
-    return {
-        "parameters": count_parameters(hparams, len(held_out.classes)),
-        "train_seconds": round(history[-1].seconds, 2),
-        "held_out_top1_percent": evaluate(network, held_out, task, half=True)["top1_percent"],
-    }
-
-
-def train_to_the_end(
-    network: SmallCNN, hparams: HParams, task: Task, epochs: int, compiled: bool
-) -> list[Epoch]:
-    """Train in place; FloatingPointError when the loss is no longer finite."""
-    history = []
-    for done in train(network, hparams, task, epochs, compiled):
-        if not math.isfinite(done.loss):
-            raise FloatingPointError(f"the loss is {done.loss} in epoch {done.epoch}")
-        history.append(done)
-    return history
-
-
-def places_of(device: torch.device) -> list[torch.device]:
-    """Where trainings can run side by side: every GPU, or the CPU."""
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    return [torch.device("cuda", i) for i in range(gpus)] or [device]
-
-
-def train_final(
-    setting: Setting, hparams: HParams, epochs: int, seed: int, compiled: bool, device: torch.device
-) -> tuple[dict[str, Any], list[Epoch], models.Checkpoint]:
-    """In a worker: train on all training images, then look at the test images once.
-
-    Returns columns of final.csv, the epochs, and what to save. The weights are rounded to fp16
-    first, so that the accuracy is that of the saved network.
-    """
-    prepare_backend(device, setting.threads)
-    task, test_set = load_final_task(setting, device)
-    network = start_network(hparams, len(test_set.classes), device, seed)
-    history = train_to_the_end(network, hparams, task, epochs, compiled)
-    state = models.round_to_half(network)
-    scores = evaluate(network, test_set, task, half=False)
-    row = {
-        "parameters": count_parameters(hparams, len(test_set.classes)),
-        "train_images": len(task.images),
-        "train_seconds": round(history[-1].seconds, 2),
-        "setup_seconds": round(history[-1].setup_seconds, 2),
-        "final_loss": round(history[-1].loss, 4),
-        "num_images": len(test_set),
-        **scores,
-    }
-    how = data.Preprocessing(task.size, task.mean, task.std)
-    architecture = architecture_of(hparams, len(test_set.classes))
-    return row, history, models.Checkpoint(state, architecture, how, scores["top1_percent"])
-
-
-@functools.cache
-def load_final_task(setting: Setting, device: torch.device) -> tuple[Task, data.ImageSet]:
-    test_set = setting.load(data.ACCURACY_SPLIT[setting.dataset])
-    return make_task(setting.load("train"), setting.flip, device), test_set
 
 
 def run_final(
@@ -566,17 +570,16 @@ def run_final(
     environment: dict[str, Any],
     output_dir: Path,
 ) -> list[dict[str, Any]]:
-    """Train every configuration with every seed, on all GPUs at once; a row of final.csv each."""
+    """Train every configuration with every seed; a row of final.csv each."""
     # The seed outside: an interrupted comparison is still a fair one.
     runs = [(setting.seed + i, name) for i in range(repeats) for name in configurations]
-    jobs = [(setting, configurations[name], epochs, seed, compiled) for seed, name in runs]
+    jobs = [(setting, configurations[name], epochs, seed, True, compiled) for seed, name in runs]
     rows: list[dict[str, Any]] = []
     history: list[dict[str, Any]] = []
-    outcomes = run_jobs(train_final, jobs, places_of(device))
-    bar = tqdm(outcomes, total=len(jobs), unit="training", disable=None)
-    for (seed, name), (failure, outcome) in zip(runs, bar, strict=True):
+    outcomes = train_side_by_side(jobs, device, "training")
+    for (seed, name), (status, outcome) in zip(runs, outcomes, strict=True):
         about = {"study": setting.study_name, "configuration": name, "seed": seed}
-        row = about | {"epochs": epochs, "compiled": compiled, "status": "ok"} | failure
+        row = about | {"epochs": epochs, "compiled": compiled, **status}
         row["hparams"] = json.dumps(asdict(configurations[name]))
         if outcome is not None:
             columns, epochs_done, checkpoint = outcome

@@ -187,11 +187,10 @@ def synchronize(device: torch.device) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Profile the default network's step and measure convolutions."""
     parser = cli.Parser(__doc__)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    parser.add_argument("--quick", action="store_true", help="a few small shapes, to try it out")
-    parser.add_argument(
-        "--output-dir", type=Path, default=Path("results/part2"), help="folder for the tables"
-    )
+    add = parser.add_argument
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    add("--quick", action="store_true", help="a few small shapes, to try it out")
+    add("--output-dir", type=Path, default=Path("results/part2"), help="folder for the tables")
     args = parser.parse_args(argv)
     device, folder = cli.pick_device(args.device), cli.make_output_dir(args.output_dir)
     prepare_backend(device)

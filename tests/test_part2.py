@@ -331,7 +331,8 @@ def test_finished_finalists_outlive_an_interruption(tmp_path: Path, monkeypatch)
 
     def interrupted(function, jobs, places):
         assert [job[1].dropout for job in jobs] == [0.2, 0.1, 0.0]
-        yield {}, {"held_out_top1_percent": 70.0}
+        columns = {"top1_percent": 70.0, "parameters": 7, "train_seconds": 1.0}
+        yield {}, (columns, [], None)
         yield {"status": "failed", "reason": "why"}, None
         raise KeyboardInterrupt
 
@@ -384,7 +385,7 @@ def test_a_named_study_has_a_folder_of_its_own(tmp_path: Path):
 
 
 def test_held_out_images_are_not_trained_on():
-    task, held_out = part2.load_held_out_task(SETTING, CPU)
+    task, held_out = part2.load_task(SETTING, False, CPU)
     assert (len(task.images), len(held_out)) == (180, 20)
     trained = {image.numpy().tobytes() for image in task.images.images}
     everything = {image.numpy().tobytes() for image in SETTING.load("train").images}
