@@ -319,6 +319,33 @@ def test_subset_of_unlabelled_images(tiny_imagenet: Path) -> None:
 def test_subset_larger_than_the_set(image_folder: Path) -> None:
     text = error_of("folder", "test", image_folder, num_images=7)
     assert text == "--num-images 7: folder test has 6 images"
+    assert len(load_images("folder", "test", image_folder, num_images=7, fewer=True)) == 6
+    assert len(load_images("folder", "test", image_folder, num_images=5, fewer=True)) == 5
+
+
+def test_a_small_subset_is_decoded_alone_and_is_the_same_one(
+    tiny_imagenet: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load() -> ImageSet:
+        return load_images("tiny-imagenet", "val", tiny_imagenet, num_images=3, seed=4)
+
+    decoded: list[Path] = []
+    decode_one = data._decode_one
+
+    def note(path: Path, side: int | None) -> np.ndarray:
+        decoded.append(path)
+        return decode_one(path, side)
+
+    monkeypatch.setattr(data, "_decode_one", note)
+    alone = load()
+    assert len(set(decoded)) == 3
+    assert not cache_dir.exists()
+    load_images("tiny-imagenet", "val", tiny_imagenet)  # now all are in the cache
+    decoded.clear()
+    again = load()
+    assert not decoded
+    assert again.images.equal(alone.images)
+    assert data.labels_of(again).equal(data.labels_of(alone))
 
 
 # --- the cache of decoded images ------------------------------------------------------------------

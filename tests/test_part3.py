@@ -169,16 +169,16 @@ def test_without_training_images_8_bits_are_unavailable(
 def test_calibration_never_touches_scored_images():
     asked = []
 
-    def load(split: str) -> data.ImageSet:
-        asked.append(split)
+    def load(split: str, num_images: int, seed: int, fewer: bool) -> data.ImageSet:
+        asked.append((split, fewer))
         images = data.load_images("digits", split)
-        if split == "train":  # as in CIFAR-100, where ten images occur in both splits
-            images.images[:700] = scored.images.repeat(2, 1, 1, 1)[:700]
-        return images
+        # As in CIFAR-100, where ten images occur in both splits.
+        images.images[:700] = scored.images.repeat(2, 1, 1, 1)[:700]
+        return data.take_subset(images, num_images, seed)
 
     scored = data.load_images("digits", "test")
     calibration = onnx_graphs.load_calibration(load, scored, seed=0)
-    assert asked == ["train"]
+    assert asked == [("train", True)]
     assert calibration is not None
     assert 50 < len(calibration) < onnx_graphs.CALIBRATION_IMAGES
     seen = {image.tobytes() for image in scored.images.numpy()}
@@ -187,7 +187,7 @@ def test_calibration_never_touches_scored_images():
 
 def test_training_images_that_are_all_scored_calibrate_nothing(capsys: pytest.CaptureFixture[str]):
     scored = data.load_images("digits", "test")
-    assert onnx_graphs.load_calibration(lambda split: scored, scored, seed=0) is None
+    assert onnx_graphs.load_calibration(lambda **_: scored, scored, seed=0) is None
     assert "note: no images to calibrate int8 and fp8 on" in capsys.readouterr().out
 
 

@@ -28,6 +28,7 @@ from utils.cli import UserError
 from utils.files import replacing
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL_PART = 4  # a subset of at most a fourth of the images is decoded alone, and not kept
 CACHE_DIR = Path(os.environ.get("DATA_CACHE_DIR", ROOT / "data" / "cache"))
 DECODING_THREADS = 4  # more wait for Python's lock: 32 took 37 s for what 2 do in 10
 DECODING_CHUNK = 100  # images a thread takes at once: one by one, threads mostly wait in turn
@@ -72,6 +73,7 @@ def load_images(
     image_size: int | None = None,
     num_images: int | None = None,
     seed: int = 0,
+    fewer: bool = False,
 ) -> ImageSet:
     """Load one split of a named data set.
 
@@ -81,6 +83,7 @@ def load_images(
         data_dir: folder of the set itself, `data/<dataset>` by default; unused by `digits`.
         image_size: side in pixels to which `folder` images are resized and cropped.
         num_images: class-balanced subset drawn with `seed`; None takes all.
+        fewer: take all, too, if there are fewer than `num_images`; else that is an error.
 
     Raises:
         UserError: missing, damaged or foreign data, with the path and what to do.
@@ -89,15 +92,19 @@ def load_images(
     if dataset == "digits":
         images = _load_digits(split)
     elif dataset == "tiny-imagenet":
-        images = _decode(dataset, split, folder, *_list_tiny_imagenet(folder, split), None)
+        listed = _list_tiny_imagenet(folder, split)
+        images = _decode(dataset, split, folder, *listed, None, num_images, seed)
     elif dataset == "cifar100" and not (folder / "train").is_dir():
         images = _load_cifar100_archive(folder, split)
     elif dataset in ("cifar100", "folder"):
         side = image_size if dataset == "folder" else None
-        images = _decode(dataset, split, folder, *_list_image_folder(folder, split), side)
+        listed = _list_image_folder(folder, split)
+        images = _decode(dataset, split, folder, *listed, side, num_images, seed)
     else:
         raise UserError(f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}")
-    return images if num_images is None else take_subset(images, num_images, seed)
+    if num_images is None or (fewer and num_images > len(images)):
+        return images
+    return take_subset(images, num_images, seed)
 
 
 def take_subset(images: ImageSet, num_images: int, seed: int) -> ImageSet:
@@ -106,12 +113,17 @@ def take_subset(images: ImageSet, num_images: int, seed: int) -> ImageSet:
         raise UserError(
             f"--num-images {num_images}: {images.dataset} {images.split} has {len(images)} images"
         )
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    if images.labels is not None:
-        order = order[_balanced_order(images.labels[order])]
-    chosen = order[:num_images].sort().values
+    chosen = _draw(images.labels, len(images), num_images, seed)
     labels = None if images.labels is None else images.labels[chosen]
     return replace(images, images=images.images[chosen], labels=labels)
+
+
+def _draw(labels: Tensor | None, count: int, num_images: int, seed: int) -> Tensor:
+    """Indices of `num_images` of `count` images, in order."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    if labels is not None:
+        order = order[_balanced_order(labels[order])]
+    return order[:num_images].sort().values
 
 
 def _balanced_order(labels: Tensor) -> Tensor:
@@ -316,13 +328,20 @@ def _decode(
     labels: Sequence[int] | None,
     classes: Sequence[str],
     side: int | None,
+    num_images: int | None,
+    seed: int,
 ) -> ImageSet:
+    """All images, kept in the cache; or only those of a subset that is a small part of them."""
     source = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
     prefix = f"{dataset}-{split}-{side or 'native'}-{source}-"
     cache = CACHE_DIR / f"{prefix}{_fingerprint(folder, paths, labels)}.safetensors"
     label_tensor = None if labels is None else torch.tensor(labels, dtype=torch.int64)
     images = _read_cache(cache, len(paths))
-    if images is None:
+    if images is None and num_images is not None and num_images * SMALL_PART <= len(paths):
+        chosen = _draw(label_tensor, len(paths), num_images, seed)
+        images = _decode_all([paths[i] for i in chosen], side)
+        label_tensor = None if label_tensor is None else label_tensor[chosen]
+    elif images is None:
         images = _decode_all(paths, side)
         _write_cache(cache, prefix, images)
     return ImageSet(dataset, split, images, label_tensor, tuple(classes))

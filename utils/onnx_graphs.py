@@ -70,11 +70,10 @@ def load_calibration(
 ) -> np.ndarray | None:
     """Training images uint8 `[N, 3, H, W]`, none of them scored; None if there are none."""
     try:
-        train = load(split="train")
+        train = load(split="train", num_images=CALIBRATION_IMAGES, seed=seed, fewer=True)
     except cli.UserError as error:
         print(f"note: no images to calibrate int8 and fp8 on ({error})")
         return None
-    train = data.take_subset(train, min(CALIBRATION_IMAGES, len(train)), seed)
     seen = {hash(image.tobytes()) for image in scored.images.numpy()}  # CIFAR-100 repeats ten
     images = train.images.numpy()
     images = images[[hash(image.tobytes()) not in seen for image in images]]
