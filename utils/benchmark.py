@@ -267,33 +267,13 @@ def measure_setting(
     """
     baseline, batch_size = jobs[0].candidate, jobs[0].batch_size
     load_before = os.getloadavg()[0]
-    rows: dict[str, dict[str, Any]] = {}
-    logits: dict[str, Tensor] = {}
-    latency_ms: dict[str, float] = {}  # of those that can be timed
     with contextlib.ExitStack() as stack:
         workers = {job.candidate: stack.enter_context(Worker()) for job in jobs}
         for worker in workers.values():  # they start side by side; none builds before all are idle
             worker.run(os.getpid)
-        for job in jobs:
-            name, worker = job.candidate, workers[job.candidate]
-            row = rows[name] = {"candidate": name, "status": "ok"}
-            with recorded(row):
-                row |= worker.run(open_candidate, job)
-                if check is not None:
-                    check(row, partial(worker.run, predict_logits))
-                worker.run(load_inputs, speed_images.numpy())
-                latency = timing.warm_up(partial(worker.run, time_calls))
-                slowdown = latency / latency_ms.get(baseline, latency)
-                if accuracy_images is not None and slowdown > max_slowdown and name != baseline:
-                    add_reason(row, f"not scored: {slowdown:.0f} times slower than {baseline}")
-                elif accuracy_images is not None:
-                    output = worker.run(predict_logits, accuracy_images.numpy())
-                    logits[name] = torch.from_numpy(output)
-                latency_ms[name] = latency
-            print(f"  {name:24}{describe(row)}", flush=True)
-            check_baseline(rows[baseline], batch_size)
-            if name not in latency_ms:
-                worker.stop()  # what it holds is memory that the others need
+        rows, latency_ms, logits = build_all(
+            jobs, workers, speed_images, accuracy_images, max_slowdown, check
+        )
         calls = {
             name: min(
                 timing.calls_per_block(latency_ms[baseline], block_seconds),
@@ -313,6 +293,47 @@ def measure_setting(
             timed = {name: workers[name] for name in blocks}
             add_transfers(rows, timed, measure, baseline, batch_size)
     return rows, {name: output for name, output in logits.items() if rows[name]["status"] == "ok"}
+
+
+def build_all(
+    jobs: Sequence[Job],
+    workers: Mapping[str, Worker],
+    speed_images: Tensor,
+    accuracy_images: Tensor | None,
+    max_slowdown: float,
+    check: Check | None,
+) -> tuple[dict[str, dict[str, Any]], dict[str, float], dict[str, Tensor]]:
+    """Build, check, warm up and score the candidates one after the other; see `measure_setting`.
+
+    Returns:
+        A row for each candidate, the warm latency in ms of those that can be timed, and the logits
+        `[N, C]` of those that were scored.
+    """
+    baseline = jobs[0].candidate
+    rows: dict[str, dict[str, Any]] = {}
+    latency_ms: dict[str, float] = {}
+    logits: dict[str, Tensor] = {}
+    for job in jobs:
+        name, worker = job.candidate, workers[job.candidate]
+        row = rows[name] = {"candidate": name, "status": "ok"}
+        with recorded(row):
+            row |= worker.run(open_candidate, job)
+            if check is not None:
+                check(row, partial(worker.run, predict_logits))
+            worker.run(load_inputs, speed_images.numpy())
+            latency = timing.warm_up(partial(worker.run, time_calls))
+            slowdown = latency / latency_ms.get(baseline, latency)
+            if accuracy_images is not None and slowdown > max_slowdown and name != baseline:
+                add_reason(row, f"not scored: {slowdown:.0f} times slower than {baseline}")
+            elif accuracy_images is not None:
+                output = worker.run(predict_logits, accuracy_images.numpy())
+                logits[name] = torch.from_numpy(output)
+            latency_ms[name] = latency
+        print(f"  {name:24}{describe(row)}", flush=True)
+        check_baseline(rows[baseline], job.batch_size)
+        if name not in latency_ms:
+            worker.stop()  # what it holds is memory that the others need
+    return rows, latency_ms, logits
 
 
 def add_graph_speedups(
