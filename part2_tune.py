@@ -377,14 +377,14 @@ class Setting:
     dataset: str
     data_dir: Path | None
     image_size: int  # pixels, of an image folder
-    num_images: int | None
+    train_images: int | None
     flip: bool
     max_params: int
     threads: int  # on a CPU
     seed: int
 
     def load(self, split: str) -> data.ImageSet:
-        number = self.num_images if split == "train" else None
+        number = self.train_images if split == "train" else None
         return data.load_images(
             self.dataset, split, self.data_dir, self.image_size, number, self.seed
         )
@@ -625,7 +625,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dataset", default="cifar100", help=f"one of {', '.join(data.DATASETS)}")
     add("--data-dir", type=Path, help="folder of the data set; data/<dataset> if not given")
     add("--image-size", type=number, default=32, help="of --dataset folder, in pixels")
-    add("--num-images", type=number, help="training images; all if not given")
+    add("--train-images", type=number, help="how many to learn from; all if not given")
     add("--flip", action=boolean, help="mirror images left-right; if not given, all but digits")
     add("--trials", type=number, default=100, help="of the study, over all its runs")
     add("--workers", type=number, default=1, help="processes of the study, spread over the GPUs")

@@ -318,7 +318,7 @@ def test_subset_of_unlabelled_images(tiny_imagenet: Path) -> None:
 
 def test_subset_larger_than_the_set(image_folder: Path) -> None:
     text = error_of("folder", "test", image_folder, num_images=7)
-    assert text == "--num-images 7: folder test has 6 images"
+    assert text == "folder test has 6 images, not 7: ask for fewer"
     assert len(load_images("folder", "test", image_folder, num_images=7, fewer=True)) == 6
     assert len(load_images("folder", "test", image_folder, num_images=5, fewer=True)) == 5
 

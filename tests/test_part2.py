@@ -27,7 +27,7 @@ from utils.training import Muon
 CPU = torch.device("cpu")
 SMALL = part2.HParams(width=8, depth1=1, depth2=1, depth3=1, batch_size=32)
 TINY_RUN = ["--dataset", "digits", "--device", "cpu", "--threads", "1"]
-TINY_RUN += ["--num-images", "200", "--trials", "2", "--tune-epochs", "1", "--final-epochs", "1"]
+TINY_RUN += ["--train-images", "200", "--trials", "2", "--tune-epochs", "1", "--final-epochs", "1"]
 TINY_RUN += ["--repeats", "1", "--max-params", "100000", "--pruner", "none"]
 
 
@@ -306,7 +306,7 @@ def test_the_study_continues_and_final_trainings_replace_the_last_ones(quick: Pa
     assert "made with epochs 4, now it is 1" in capsys.readouterr().err
     assert (quick / "trials.csv").read_bytes() == trials
     assert (quick / "best_params.json").read_bytes() == best
-    assert part2.main([*other, "--fresh", "--num-images", "5"]) == 2
+    assert part2.main([*other, "--fresh", "--train-images", "5"]) == 2
     assert (quick / "final.csv").exists()  # nothing is deleted before the images are good
     assert part2.main([*other, "--fresh"]) == 0
     assert len(pd.read_csv(quick / "trials.csv")) == 2
@@ -471,8 +471,8 @@ def test_sigterm_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path: Path)
         ["--dataset", "cifar10"],
         ["--dataset", "folder", "--data-dir", "/nonexistent"],
         ["--image-size", "0"],
-        ["--num-images", "-3"],
-        ["--num-images", "99999"],
+        ["--train-images", "-3"],
+        ["--train-images", "99999"],
         ["--trials", "0"],
         ["--trials", "many"],
         ["--workers", "0"],
@@ -497,7 +497,7 @@ def test_sigterm_keeps_what_is_finished_and_the_next_run_goes_on(tmp_path: Path)
         ["--stage", "final"],  # without a study
         ["--stage", "final", "--fresh"],
         ["--study-name", ".."],
-        ["--num-images", "10"],  # one of each class
+        ["--train-images", "10"],  # one of each class
         ["--learning-rate", "1"],
     ],
 )

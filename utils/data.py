@@ -111,7 +111,8 @@ def take_subset(images: ImageSet, num_images: int, seed: int) -> ImageSet:
     """Draw a class-balanced random subset (class counts differ by at most one), order kept."""
     if num_images > len(images):
         raise UserError(
-            f"--num-images {num_images}: {images.dataset} {images.split} has {len(images)} images"
+            f"{images.dataset} {images.split} has {len(images)} images, not {num_images}: "
+            "ask for fewer"
         )
     chosen = _draw(images.labels, len(images), num_images, seed)
     labels = None if images.labels is None else images.labels[chosen]
