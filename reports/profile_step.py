@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import part2_tune as part2
-from utils import cli, cost, data, results
+from utils import cli, cost, data, results, timing
 from utils.training import memory_format, prepare_backend
 
 PROFILE_COLUMNS = (
@@ -84,12 +84,7 @@ def profile_step(
     batch = torch.randperm(len(task.images), device=task.device)[: hparams.batch_size]
 
     def run() -> float:
-        synchronize(task.device)
-        clock = time.perf_counter()
-        for _ in range(calls):
-            step(batch)
-        synchronize(task.device)
-        return (time.perf_counter() - clock) / calls * 1e3
+        return timing.time_block(step, [batch], calls, task.device).wall_ms / calls
 
     run()
     step_ms, on_gpu = run(), task.device.type == "cuda"
@@ -123,7 +118,7 @@ def gflop_per_image(network: part2.SmallCNN, task: part2.Task) -> float:
     example = torch.zeros(1, 3, task.size, task.size, device=task.device)
     network.eval()
     with torch.no_grad():
-        return 2 * cost.count_cost(network, example).multiply_adds / 1e9
+        return cost.count_cost(network, example).gflop
 
 
 def measure_convolution(
@@ -137,50 +132,38 @@ def measure_convolution(
 
     x, kernel = random(batch_size, channels, size, size), random(channels, channels, 3, 3)
     gradient = random(*x.shape)
-    backward = functools.partial(
-        torch.ops.aten.convolution_backward,
-        *(gradient, x, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1),
-    )
+    arguments = (gradient, x, kernel, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    backward = functools.partial(torch.ops.aten.convolution_backward, *arguments)
     gflop = 2 * 9 * channels**2 * batch_size * size**2 / 1e9
     row = {
         "forward_ms": replay_ms(lambda: F.conv2d(x, kernel, padding=1), device),
-        "input_gradient_ms": replay_ms(lambda: backward([True, False, False]), device),
-        "weight_gradient_ms": replay_ms(lambda: backward([False, True, False]), device),
+        "input_gradient_ms": replay_ms(lambda: backward([True, False, False])[0], device),
+        "weight_gradient_ms": replay_ms(lambda: backward([False, True, False])[1], device),
     }
     about = {"batch_size": batch_size, "channels": channels, "image_size": size, "gflop": gflop}
     return about | row | {"tflops": 3 * gflop / sum(row.values())}
 
 
-def replay_ms(call: Callable[[], Any], device: torch.device) -> float:
+def replay_ms(call: Callable[[], Tensor], device: torch.device) -> float:
     """Milliseconds of a call; on a GPU the median over replays of a CUDA graph of REPEATS calls."""
     for _ in range(3):
         call()
     if device.type != "cuda":
-        clock = time.perf_counter()
-        call()
-        return (time.perf_counter() - clock) * 1e3
+        return timing.time_block(lambda _: call(), [None], 1, device).wall_ms
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(REPEATS):
-            call()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            output = call()
+
+    def replay(_: None) -> Tensor:
+        graph.replay()
+        return output
+
     clock = time.perf_counter()
     while time.perf_counter() - clock < WARM_UP_SECONDS:
-        graph.replay()
-        torch.cuda.synchronize()
-    samples = []
-    for _ in range(REPLAYS):
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) / REPEATS)
-    return statistics.median(samples)
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        timing.time_block(replay, [None], 1, device)
+    block = timing.time_block(replay, [None], REPLAYS, device)
+    return statistics.median(block.latencies_ms) / REPEATS
 
 
 @cli.command

@@ -118,16 +118,16 @@ def prepare_process(job: Job) -> None:
 
 def require_compiler(device: str) -> None:
     """UnavailableError unless torch.compile finds a compiler: of C++ for a CPU, of C for a GPU."""
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
     if device == "cuda":
+        language = "C"
         found = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
     else:
-        found = False
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        language, found = "C++", False
         with contextlib.suppress(Exception):
             found = bool(get_cpp_compiler())
     if not found:
-        language = "C" if device == "cuda" else "C++"
         raise UnavailableError(f"torch.compile needs a {language} compiler (gcc) on this machine")
 
 

@@ -21,6 +21,11 @@ class Cost:
     linear_layers: Counter[Shape]  # how many of each weight shape
     layer_multiply_adds: dict[Shape, int]  # of one layer of that shape
 
+    @property
+    def gflop(self) -> float:
+        """Billions of operations; a multiply-add is two."""
+        return 2 * self.multiply_adds / 1e9
+
 
 def state_bytes(module: nn.Module) -> int:
     """Bytes of the saved state dict."""

@@ -52,8 +52,7 @@ class Worker:
         try:
             return self._pool.submit(_run_portably, function, *arguments).result()
         except BrokenProcessPool as error:
-            with self._ending:
-                self._pool.shutdown(wait=True)
+            self._shut_down()
             if self._process.exitcode == -signal.SIGKILL:
                 raise UnavailableError("its process was killed: not enough memory?") from error
             raise RuntimeError(f"its process ended with {self._process.exitcode}") from error
@@ -65,8 +64,11 @@ class Worker:
     def stop(self) -> None:
         """End the process at once, even in the middle of a compilation."""
         self._process.terminate()
+        self._shut_down(cancel=True)
+
+    def _shut_down(self, cancel: bool = False) -> None:
         with self._ending:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.shutdown(wait=True, cancel_futures=cancel)
 
     def __enter__(self) -> "Worker":
         return self
@@ -78,8 +80,7 @@ class Worker:
         trace: TracebackType | None,
     ) -> None:
         if error is None:
-            with self._ending:
-                self._pool.shutdown(wait=True)
+            self._shut_down()
         else:  # a busy worker must not hold up Ctrl-C
             self.stop()
 
