@@ -35,7 +35,6 @@ from utils.training import Muon, capture, memory_format, prepare_backend, warmup
 
 HELD_OUT = 0.1  # share of the training images on which configurations are compared
 STUDY_NAME = "smallcnn"
-CONFIGURATIONS = ("default", "tuned")
 QUICK = {
     "dataset": "digits",
     "device": "cpu",
@@ -61,21 +60,36 @@ class HParams:
     depth1: int = 1  # residual blocks at full resolution
     depth2: int = 2  # at half
     depth3: int = 3  # at a quarter
+    pool: bool = False  # halve the resolution by max-pooling, not by a convolution's stride
     dropout: float = 0.0  # of the features before the classifier
     optimizer: str = "muon"
     learning_rate: float = 1.0  # peak, as a multiple of PEAK_RATES
     batch_size: int = 512  # images
     cutmix: float = 0.5  # share of the images that take a square from another
+    rate_beside_muon: float = 0.2  # peak learning rate of what Muon leaves to SGD
+    small_share: float = 0.0  # share of the steps, the first, that see images of 3/4 the size
 
 
 # Known to work with batches of 512; rates grow with the root of the batch. Muon serves the kernels
 # of the inner convolutions, SGD whatever else it trains.
 PEAK_RATES = {"sgd": 0.8, "adamw": 4e-3, "muon": 0.06}
-PEAK_RATE_BESIDE_MUON = 0.2
 REFERENCE_BATCH = 512
 WEIGHT_DECAYS = {"sgd": 5e-4, "adamw": 0.05, "muon": 5e-4}
 LABEL_SMOOTHING = 0.1
 WARMUP = 0.2  # share of the steps
+
+# Beside "tuned", the best configuration of a study.
+PRESETS = {
+    "default": HParams(),
+    # As accurate as 5 M parameters and three minutes allow: more blocks, at high resolution.
+    "deep": HParams(depth1=3, depth2=6, depth3=2),
+    # A short training wants no mixtures, small images first, and pooling instead of blocks at full
+    # resolution, where a block costs most.
+    "fast": HParams(
+        depth1=0, depth2=1, depth3=2, pool=True, cutmix=0.0, rate_beside_muon=0.4, small_share=0.5
+    ),
+}
+FINAL_EPOCHS = {"default": 80, "tuned": 80, "deep": 145, "fast": 13}
 
 
 def suggest(trial: optuna.trial.BaseTrial, batch_sizes: Sequence[int]) -> HParams:
@@ -101,15 +115,22 @@ def suggest(trial: optuna.trial.BaseTrial, batch_sizes: Sequence[int]) -> HParam
 DEEPEST = HParams(depth1=2, depth2=3, depth3=3)  # of the search space
 
 
+def search_space(batch_sizes: Sequence[int]) -> dict[str, optuna.distributions.BaseDistribution]:
+    """The searched hyperparameters and their ranges."""
+    trial = optuna.trial.FixedTrial(asdict(HParams(batch_size=batch_sizes[0])))
+    suggest(trial, batch_sizes)
+    return trial.distributions
+
+
 def batch_sizes_for(num_images: int) -> list[int]:
     """Three powers of two that give a few hundred to a few dozen steps an epoch."""
     smallest = 2 ** max(5, int(math.log2(max(1, num_images / 150))))
     return [smallest, 2 * smallest, 4 * smallest]
 
 
-def default_hparams(images: data.ImageSet, max_params: int) -> HParams:
-    """The default configuration for these training images."""
-    hparams = HParams(batch_size=batch_sizes_for(len(images))[1])
+def preset(name: str, images: data.ImageSet, max_params: int) -> HParams:
+    """The preset for these training images: fewer want smaller batches."""
+    hparams = replace(PRESETS[name], batch_size=batch_sizes_for(len(images))[1])
     return fit_width(hparams, len(images.classes), max_params)
 
 
@@ -129,11 +150,12 @@ def fit_width(hparams: HParams, num_classes: int, max_params: int) -> HParams:
 
 
 class ConvNormAct(nn.Sequential):
-    """3x3 convolution, batch normalisation, SiLU."""
+    """3x3 convolution, possibly 2x2 max-pooling, batch normalisation, SiLU."""
 
-    def __init__(self, narrow: int, wide: int, stride: int = 1) -> None:
+    def __init__(self, narrow: int, wide: int, stride: int = 1, pool: bool = False) -> None:
         conv = nn.Conv2d(narrow, wide, 3, stride, padding=1, bias=False)
-        super().__init__(conv, nn.BatchNorm2d(wide), nn.SiLU())
+        pooling = [nn.MaxPool2d(2)] if pool else []
+        super().__init__(conv, *pooling, nn.BatchNorm2d(wide), nn.SiLU())
 
 
 class ResidualBlock(nn.Module):
@@ -153,17 +175,26 @@ class ResidualBlock(nn.Module):
 class SmallCNN(nn.Module):
     """Residual network for small images: float `[N, 3, H, W]` -> logits `[N, num_classes]`.
 
-    A 3x3 convolution each leads into the resolutions H, H/2 and H/4; residual blocks follow. The
-    features' average over the last map goes to a linear classifier.
+    A 3x3 convolution each leads into the resolutions H, H/2 and H/4; it halves them by its stride
+    or, if `pool`, by max-pooling. `depths` residual blocks follow. The features' average over the
+    last map goes to a linear classifier.
     """
 
-    def __init__(self, width: int, depths: Sequence[int], dropout: float, num_classes: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        depths: Sequence[int],
+        dropout: float,
+        num_classes: int,
+        pool: bool = False,
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
         for stage, depth in enumerate(depths):
-            wide = width * 2**stage
-            layers.append(ConvNormAct(channels, wide, stride=1 if stage == 0 else 2))
+            wide, lower = width * 2**stage, stage > 0
+            stride = 2 if lower and not pool else 1
+            layers.append(ConvNormAct(channels, wide, stride, pool=lower and pool))
             layers += [ResidualBlock(wide) for _ in range(depth)]
             channels = wide
         self.features = nn.Sequential(*layers)
@@ -178,7 +209,7 @@ def architecture_of(hparams: HParams, num_classes: int) -> dict[str, Any]:
     """The arguments of SmallCNN."""
     depths = [hparams.depth1, hparams.depth2, hparams.depth3]
     shape = {"width": hparams.width, "depths": depths, "dropout": hparams.dropout}
-    return shape | {"num_classes": num_classes}
+    return shape | {"num_classes": num_classes, "pool": hparams.pool}
 
 
 def count_parameters(hparams: HParams, num_classes: int) -> int:
@@ -232,6 +263,13 @@ def make_task(images: data.ImageSet, flip: bool, device: torch.device) -> Task:
     return Task(data.to_device(images, device), *data.channel_statistics(images), flip)
 
 
+def shrink(task: Task) -> Task:
+    """The same task with images of 3/4 the size, rounded down to a multiple of 8, at least 8."""
+    size = max(8, task.size * 3 // 32 * 8)
+    small = augmentation.resize(task.images.images, size)
+    return replace(task, images=replace(task.images, images=small))
+
+
 def train(
     network: SmallCNN, hparams: HParams, task: Task, epochs: int, compiled: bool = False
 ) -> Iterator[Epoch]:
@@ -244,7 +282,9 @@ def train(
     clock = time.perf_counter()
     hparams = replace(hparams, batch_size=min(hparams.batch_size, len(task.images)))
     optimizers = make_optimizers(network, hparams)
-    step = make_step(network, optimizers, hparams, task, compiled)
+    step = whole_step = make_step(network, optimizers, hparams, task, compiled)
+    if hparams.small_share:
+        step = make_step(network, optimizers, hparams, shrink(task), compiled)
     steps = len(task.images) // hparams.batch_size
     setup_seconds, seconds = time.perf_counter() - clock, 0.0
     for epoch in range(epochs):
@@ -257,6 +297,8 @@ def train(
                 rate = warmup_cosine(i, epochs * steps, WARMUP * epochs * steps, peak)
                 for group in optimizer.param_groups:
                     group["lr"].fill_(rate)
+            if i >= hparams.small_share * epochs * steps:
+                step = whole_step
             losses += step(batch)
         loss = float(losses) / steps  # waits for the device
         seconds += time.perf_counter() - clock
@@ -281,7 +323,7 @@ def make_optimizers(
     if hparams.optimizer == "muon":
         optimizers.append((Muon(kernels[1:], rate, momentum=0.9), peak))
         kernels, rate = kernels[:1], torch.zeros((), device=device)
-        peak = multiple * PEAK_RATE_BESIDE_MUON
+        peak = multiple * hparams.rate_beside_muon
     decay = WEIGHT_DECAYS[hparams.optimizer]
     groups = [
         {"params": [*kernels, network.head.weight], "weight_decay": decay},
@@ -334,8 +376,10 @@ def augment(padded: Tensor, batch: Tensor, task: Task, cutmix: float) -> tuple[T
     pixels = augmentation.crop_and_flip(padded, batch, task.size, task.flip)
     x = augmentation.normalize(pixels.float().div_(255), task.mean, task.std)
     targets = F.one_hot(data.labels_of(task.images)[batch], len(task.images.classes)).float()
-    weights = augmentation.mixing_weights(len(batch), task.size, 0.0, cutmix, task.device)
-    return augmentation.mix(x, targets, weights)
+    if cutmix:
+        weights = augmentation.mixing_weights(len(batch), task.size, 0.0, cutmix, task.device)
+        x, targets = augmentation.mix(x, targets, weights)
+    return x, targets
 
 
 @torch.no_grad()
@@ -445,8 +489,7 @@ def describe_study(
     setting: Setting, images: data.ImageSet, epochs: int, sampler: str, pruner: str
 ) -> dict[str, Any]:
     """What a study must keep when it is continued, in JSON's types."""
-    space = optuna.trial.FixedTrial(asdict(HParams(batch_size=batch_sizes_for(len(images))[0])))
-    suggest(space, batch_sizes_for(len(images)))
+    space = search_space(batch_sizes_for(len(images)))
     return {
         "dataset": setting.dataset,
         "classes": tuning_report.digest(images.classes),
@@ -458,7 +501,7 @@ def describe_study(
         "epochs": epochs,
         "sampler": sampler,
         "pruner": pruner,
-        "search_space": tuning_report.digest(map(str, space.distributions.items())),
+        "search_space": tuning_report.digest(map(str, space.items())),
     }
 
 
@@ -563,7 +606,7 @@ def run_finalists(
 def run_final(
     setting: Setting,
     configurations: dict[str, HParams],
-    epochs: int,
+    epochs: dict[str, int],
     repeats: int,
     compiled: bool,
     device: torch.device,
@@ -573,13 +616,15 @@ def run_final(
     """Train every configuration with every seed; a row of final.csv each."""
     # The seed outside: an interrupted comparison is still a fair one.
     runs = [(setting.seed + i, name) for i in range(repeats) for name in configurations]
-    jobs = [(setting, configurations[name], epochs, seed, True, compiled) for seed, name in runs]
+    jobs = [
+        (setting, configurations[name], epochs[name], seed, True, compiled) for seed, name in runs
+    ]
     rows: list[dict[str, Any]] = []
     history: list[dict[str, Any]] = []
     outcomes = train_side_by_side(jobs, device, "training")
     for (seed, name), (status, outcome) in zip(runs, outcomes, strict=True):
         about = {"study": setting.study_name, "configuration": name, "seed": seed}
-        row = about | {"epochs": epochs, "compiled": compiled, **status}
+        row = about | {"epochs": epochs[name], "compiled": compiled, **status}
         row["hparams"] = json.dumps(asdict(configurations[name]))
         if outcome is not None:
             columns, epochs_done, checkpoint = outcome
@@ -638,13 +683,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--study-name", default=STUDY_NAME, help="others than this write to a folder of that name")
     add("--fresh", action="store_true", help="delete this study and its results, and start anew")
     add("--max-params", type=number, default=5_000_000, help="parameters at most")
-    add("--final-epochs", type=number, default=80, help="epochs of finalists and final trainings")
+    add(
+        "--final-epochs",
+        type=number,
+        help="epochs of finalists and final trainings; if not given, 80, or the preset's",
+    )
     add("--repeats", type=number, default=5, help="final trainings of each configuration")
     add(
         "--configurations",
         type=cli.name_list,
-        default=list(CONFIGURATIONS),
-        help="which to train finally, comma-separated",
+        default=["default", "tuned"],
+        help=f"which to train finally, comma-separated: {', '.join(FINAL_EPOCHS)}",
     )
     add("--compile", action=boolean, default=True, help="compile the final trainings on a GPU")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
@@ -699,9 +748,9 @@ def run_study(
     threads = max(1, args.threads // args.workers)
     opened: list[optuna.Study] = []
     about = describe_study(setting, images, args.tune_epochs, args.sampler, args.pruner)
+    names = list(search_space(batch_sizes_for(len(images))))
     # Not yet narrowed to max_params: each trial does that, and its width lies in the search space.
-    default = asdict(default_hparams(images, setting.max_params)) | {"width": HParams().width}
-    names = [field.name for field in fields(HParams)]
+    default = replace(preset("default", images, setting.max_params), width=HParams().width)
 
     def begin(found: optuna.Study) -> None:
         opened.append(found)
@@ -723,7 +772,7 @@ def run_study(
             max_epochs=args.tune_epochs,
             seed=args.seed,
             timeout=args.timeout,
-            default_params=default,
+            default_params={name: getattr(default, name) for name in names},
             setting=about,
             fresh=args.fresh,
             on_open=begin,
@@ -742,8 +791,9 @@ def run_study(
 
 def read_tuned(path: Path, setting: Setting, classes: Sequence[str]) -> HParams:
     """The best configuration that the study left in `path`; UserError if it is not usable."""
-    digest = tuning_report.digest(classes)
-    hparams = HParams(**tuning_report.read_best(path, setting.dataset, digest, HParams()))
+    digest, searched = tuning_report.digest(classes), search_space([REFERENCE_BATCH])
+    found = tuning_report.read_best(path, setting.dataset, digest, HParams(), searched)
+    hparams = HParams(**found)
     cli.check_name(hparams.optimizer, PEAK_RATES, "optimizer")
     parameters = count_parameters(hparams, len(classes))
     if parameters > setting.max_params:
@@ -761,21 +811,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.check_threads([args.threads])
     cli.check_name(args.dataset, data.DATASETS, "data set")
     for name in args.configurations:
-        cli.check_name(name, CONFIGURATIONS, "configuration")
+        cli.check_name(name, FINAL_EPOCHS, "configuration")
     setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
     images = load_checked(setting, tuned=args.stage != "final")
     output_dir = prepare_output(args.output_dir, args.study_name)
     environment = results.environment(threads=args.threads)
-    epochs, rows = args.final_epochs, []
+    epochs = {name: args.final_epochs or usual for name, usual in FINAL_EPOCHS.items()}
+    rows: list[dict[str, Any]] = []
     if args.stage != "final":
         whole = run_study(setting, args, images, device, environment, output_dir)
-        rows = run_finalists(setting, whole, args.finalists, epochs, device, output_dir)
+        rows = run_finalists(setting, whole, args.finalists, epochs["tuned"], device, output_dir)
     if args.stage == "tune":
         return int(any(row["status"] == "failed" for row in rows))
-    known = {"default": default_hparams(images, args.max_params)}
-    if "tuned" in args.configurations:
-        known["tuned"] = read_tuned(output_dir / "best_params.json", setting, images.classes)
-    chosen = {name: known[name] for name in args.configurations}
+    chosen = {
+        name: read_tuned(output_dir / "best_params.json", setting, images.classes)
+        if name == "tuned"
+        else preset(name, images, args.max_params)
+        for name in args.configurations
+    }
     compiled = args.compile and device.type == "cuda"
     final = run_final(
         setting, chosen, epochs, args.repeats, compiled, device, environment, output_dir

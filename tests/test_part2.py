@@ -41,9 +41,14 @@ def digits_task(num_images: int = 300) -> part2.Task:
 @pytest.mark.parametrize("width", [8, 32, 96])
 @pytest.mark.parametrize("depths", [(0, 1, 1), (2, 3, 3), (0, 3, 1)])
 @pytest.mark.parametrize("size", [8, 32, 33])
-def test_network_shapes_and_parameter_count(width, depths, size):
-    network = part2.SmallCNN(width, depths, 0.1, 7)
-    assert network(torch.randn(2, 3, size, size)).shape == (2, 7)
+@pytest.mark.parametrize("pool", [False, True])
+def test_network_shapes_and_parameter_count(width, depths, size, pool):
+    network = part2.SmallCNN(width, depths, 0.1, 7, pool)
+    x = torch.randn(2, 3, size, size)
+    assert network(x).shape == (2, 7)
+    half, quarter = (size // 2, size // 4) if pool else ((size + 1) // 2, (size + 3) // 4)
+    assert network.features[: 2 + depths[0]](x).shape == (2, 2 * width, half, half)
+    assert network.features(x).shape == (2, 4 * width, quarter, quarter)
     stages = [width, 2 * width, 4 * width]
     kernels = sum(9 * n * w for n, w in zip([3, *stages[:2]], stages, strict=True))
     kernels += sum(2 * d * 9 * w * w for d, w in zip(depths, stages, strict=True))
@@ -65,6 +70,29 @@ def test_fit_width_keeps_what_fits_and_else_takes_the_widest_that_does():
     assert part2.count_parameters(replace(fitted, width=fitted.width + 8), 100) > 5_000_000
     with pytest.raises(UserError, match="--max-params 100"):
         part2.fit_width(wanted, 100, 100)
+
+
+def test_pooling_takes_the_largest_before_the_normalisation():
+    layer = part2.ConvNormAct(1, 1, pool=True)
+    conv = layer[0]
+    assert isinstance(conv, nn.Conv2d)
+    nn.init.dirac_(conv.weight)
+    layer.eval()  # the normalisation passes everything through
+    x = torch.tensor([[1.0, -4.0, 2.0], [3.0, 2.0, 9.0]]).view(1, 1, 2, 3)
+    expected = nn.functional.silu(torch.tensor(3.0)).view(1, 1, 1, 1)
+    torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=0)
+
+
+def test_presets_fit_the_limit_and_the_number_of_images():
+    few = load_images("digits", "train", num_images=200)
+    for name in part2.PRESETS:
+        assert part2.count_parameters(part2.PRESETS[name], 100) <= 5_000_000
+        fitted = part2.preset(name, few, 80_000)
+        assert fitted.batch_size == part2.batch_sizes_for(200)[1] < part2.PRESETS[name].batch_size
+        assert part2.count_parameters(fitted, 10) <= 80_000
+        width, batch_size = fitted.width, fitted.batch_size
+        assert fitted == replace(part2.PRESETS[name], width=width, batch_size=batch_size)
+    assert set(part2.FINAL_EPOCHS) == {*part2.PRESETS, "tuned"}
 
 
 def test_search_space_holds_the_default_and_respects_its_bounds():
@@ -122,6 +150,8 @@ def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(name):
     assert optimizers[0][1] == pytest.approx(part2.PEAK_RATES[name] / 4)  # batches of 32
     if name == "muon":
         assert optimizers[1][1] == pytest.approx(0.2 / 4)
+        changed = replace(SMALL, rate_beside_muon=0.4)
+        assert part2.make_optimizers(network, changed)[1][1] == pytest.approx(0.4 / 4)
 
 
 def test_augment_without_mixing_is_a_crop_of_the_normalised_image():
@@ -144,6 +174,35 @@ def test_cutmix_targets_follow_the_pixels():
     share_of_white = (x > 0).float().mean((1, 2, 3))
     torch.testing.assert_close(targets[:, 1], share_of_white)
     assert ((targets > 0) & (targets < 1)).any()
+
+
+@pytest.mark.parametrize(("size", "smaller"), [(32, 24), (64, 48), (28, 16), (16, 8), (8, 8)])
+def test_small_images_keep_three_quarters_of_the_size(size, smaller):
+    images = torch.full((2, 3, size, size), 200, dtype=torch.uint8)
+    task = part2.make_task(ImageSet("x", "train", images, torch.arange(2), ("a", "b")), True, CPU)
+    small = part2.shrink(task)
+    assert small.images.images.equal(torch.full((2, 3, smaller, smaller), 200, dtype=torch.uint8))
+    assert small.size == smaller
+    assert replace(small, images=task.images) == task
+
+
+def test_the_first_steps_see_small_images(monkeypatch):
+    images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
+    labels = torch.arange(40) % 2
+    task = part2.make_task(ImageSet("x", "train", images, labels, ("a", "b")), True, CPU)
+    hparams = replace(SMALL, batch_size=8, small_share=0.5)
+    sizes = []
+
+    def make_step(network, optimizers, hparams, task, compiled):
+        def step(batch: torch.Tensor) -> torch.Tensor:
+            sizes.append(task.size)
+            return torch.ones(())
+
+        return step
+
+    monkeypatch.setattr(part2, "make_step", make_step)
+    list(part2.train(part2.start_network(hparams, 2, CPU, 0), hparams, task, 3))
+    assert sizes == [24] * 8 + [32] * 7
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
@@ -239,7 +298,8 @@ def test_quick_run_writes_everything(quick: Path):
     assert set(trials.state) <= {"complete", "pruned"}
     assert trials.state[0] == "complete"
     default = part2.HParams(batch_size=part2.batch_sizes_for(1437)[1])
-    assert all(trials[key][0] == value for key, value in asdict(default).items() if key != "width")
+    searched = set(part2.search_space([64])) - {"width"}  # which --max-params narrows
+    assert all(trials[name][0] == getattr(default, name) for name in searched)
     assert (trials.parameters <= part2.QUICK["max_params"]).all()
     history = pd.read_csv(quick / "history.csv")
     assert tuple(history.columns) == part2.tuning_report.HISTORY_COLUMNS
@@ -364,7 +424,8 @@ def test_a_configuration_of_another_data_set_is_not_trained(quick: Path, image_f
 def test_a_training_that_fails_is_a_row_and_the_others_go_on(tmp_path: Path, monkeypatch):
     good, bad = part2.HParams(width=8, batch_size=64), part2.HParams(width=8, optimizer="none")
     chosen = {"default": bad, "tuned": good}
-    rows = part2.run_final(SETTING, chosen, 1, 1, False, CPU, {"who": "me"}, tmp_path)
+    epochs = {"default": 1, "tuned": 1}
+    rows = part2.run_final(SETTING, chosen, epochs, 1, False, CPU, {"who": "me"}, tmp_path)
     assert [row["status"] for row in rows] == ["failed", "ok"]
     assert "none" in rows[0]["reason"]
     table = pd.read_csv(tmp_path / "final.csv")
@@ -382,6 +443,20 @@ def test_a_named_study_has_a_folder_of_its_own(tmp_path: Path):
     final = pd.read_csv(tmp_path / "random" / "final.csv")
     assert final.configuration.tolist() == ["tuned"]
     assert json.loads((tmp_path / "random" / "best_params.json").read_text())["study"] == "random"
+
+
+@pytest.mark.parametrize(("flags", "epochs"), [([], (145, 13)), (["--final-epochs", "2"], (2, 2))])
+def test_a_preset_has_its_own_number_of_epochs(flags, epochs, tmp_path: Path, monkeypatch):
+    asked: dict[str, int] = {}
+
+    def run_final(setting, chosen, epochs, *_):
+        asked.update({name: epochs[name] for name in chosen})
+        return []
+
+    monkeypatch.setattr(part2, "run_final", run_final)
+    command = ["--dataset", "digits", "--stage", "final", "--configurations", "deep,fast"]
+    part2.main([*command, "--device", "cpu", "--output-dir", str(tmp_path), *flags])
+    assert asked == dict(zip(("deep", "fast"), epochs, strict=True))
 
 
 def test_held_out_images_are_not_trained_on():

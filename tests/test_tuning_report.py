@@ -182,13 +182,21 @@ def test_best_configurations_that_are_not_usable(text, message, tmp_path: Path):
     if text is not None:
         path.write_text(text)
     with pytest.raises(UserError, match=message):
-        tuning_report.read_best(path, "digits", "abc", Example())
+        tuning_report.read_best(path, "digits", "abc", Example(), ["x", "noise"])
 
 
 def test_best_configuration_is_read_back(tmp_path: Path):
     tuning_report.write_study(make_study(3), NAMES, tmp_path)
-    best = tuning_report.read_best(tmp_path / "best_params.json", "digits", "abc", Example())
+    path = tmp_path / "best_params.json"
+    best = tuning_report.read_best(path, "digits", "abc", Example(), ["x", "noise"])
     assert best == {"x": 2 / 3, "noise": pytest.approx((2 * 7 % 3) / 3)}
+
+
+def test_a_best_configuration_from_before_a_field_existed_gets_its_default(tmp_path: Path):
+    path = tmp_path / "best_params.json"
+    path.write_text('{"dataset": "digits", "hparams": {"x": 1.0}}')
+    best = tuning_report.read_best(path, "digits", "abc", Example(noise=0.5), ["x"])
+    assert best == {"x": 1.0, "noise": 0.5}
 
 
 def test_deleting_results_spares_the_storage(tmp_path: Path):

@@ -30,6 +30,15 @@ def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Ten
 # --- geometry -------------------------------------------------------------------------------------
 
 
+def resize(images: Tensor, size: int) -> Tensor:
+    """uint8 `[N, C, H, W]` -> `[N, C, size, size]`, antialiased."""
+    parts = [
+        F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().byte()
+        for part in images.split(10_000)
+    ]
+    return torch.cat(parts)
+
+
 def pad_for_crops(images: Tensor, padding: int) -> Tensor:
     """uint8 `[N, C, H, W]` -> `[N, H + 2 padding, W + 2 padding, C]`, mirrored at the borders."""
     width = (padding,) * 4
@@ -113,5 +122,6 @@ def mixing_weights(n: int, size: int, mixup: float, cutmix: float, device: torch
 def mix(x: Tensor, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Blend each image and its target with those of its neighbour; batches come shuffled."""
     share = weights.mean((1, 2, 3))[:, None]
-    x = torch.lerp(x.roll(1, 0), x, weights)
-    return x, torch.lerp(targets.roll(1, 0), targets, share)
+    # Tensor.roll would copy channels-last images into another layout.
+    partners, partner_targets = (torch.cat([t[-1:], t[:-1]]) for t in (x, targets))
+    return torch.lerp(partners, x, weights), torch.lerp(partner_targets, targets, share)

@@ -210,12 +210,15 @@ def write_finalists(
         write_best(study, best, row["held_out_top1_percent"], row["epochs"], folder)
 
 
-def read_best(path: Path, dataset: str, classes: str, example: Any) -> dict[str, Any]:
+def read_best(
+    path: Path, dataset: str, classes: str, example: Any, searched: Iterable[str]
+) -> dict[str, Any]:
     """The best configuration of a study, from best_params.json.
 
     Args:
         dataset, classes: what it must have been found on, the classes as a `digest`.
-        example: a dataclass instance with the same fields.
+        example: a dataclass instance with the same fields, whose values stand for missing ones.
+        searched: the fields that must not be missing.
 
     Raises:
         UserError: missing or damaged file, or another data set.
@@ -223,8 +226,9 @@ def read_best(path: Path, dataset: str, classes: str, example: Any) -> dict[str,
     try:
         content = json.loads(path.read_text())
         hparams, found = content["hparams"], content["dataset"]
-        wanted = {key: type(value) for key, value in asdict(example).items()}
-        if {key: type(value) for key, value in hparams.items()} != wanted:
+        known = asdict(example)
+        missing = set(searched) - set(hparams)
+        if missing or any(type(value) is not type(known[key]) for key, value in hparams.items()):
             raise ValueError("not the hyperparameters of this version")
     except OSError as error:
         raise UserError(
@@ -237,7 +241,7 @@ def read_best(path: Path, dataset: str, classes: str, example: Any) -> dict[str,
         raise UserError(f"{path} was found on {found}: run --stage tune on {dataset} first")
     if content.get("classes") not in (None, classes):  # files of an older version lack them
         raise UserError(f"{path} was found on other classes: run --stage tune on these first")
-    return dict(hparams)
+    return known | hparams
 
 
 def write_final(rows: Sequence[Row], history: Sequence[Row], folder: Path) -> None:
