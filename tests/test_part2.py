@@ -77,9 +77,10 @@ def test_pooling_takes_the_largest_before_the_normalisation():
     conv = layer[0]
     assert isinstance(conv, nn.Conv2d)
     nn.init.dirac_(conv.weight)
-    layer.eval()  # the normalisation passes everything through
+    layer.eval()
+    nn.init.constant_(layer.get_parameter("2.weight"), -1)  # else the order would not show
     x = torch.tensor([[1.0, -4.0, 2.0], [3.0, 2.0, 9.0]]).view(1, 1, 2, 3)
-    expected = nn.functional.silu(torch.tensor(3.0)).view(1, 1, 1, 1)
+    expected = nn.functional.silu(torch.tensor(-3.0)).view(1, 1, 1, 1)
     torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=0)
 
 
