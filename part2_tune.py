@@ -2,12 +2,13 @@
 
 Optuna compares configurations on a held-out tenth of the training images, in short trainings; the
 best few are trained again at full length, and the best of those is the best configuration. Then the
-default and the best configuration are trained on all training images with several seeds; the test
-images are looked at once for each trained network.
+default and the best configuration, or presets, are trained on all training images with several
+seeds; the test images are looked at once for each trained network.
 
     python part2_tune.py                                   # study, then final trainings
     python part2_tune.py --quick                           # under a minute, offline: digits
     python part2_tune.py --workers 4 --trials 200          # continues the study with 4 processes
+    python part2_tune.py --stage final --configurations deep,fast --study-name presets
     python part2_tune.py --sampler random --study-name random         # the sampler's yardstick
     python part2_tune.py --dataset folder --data-dir my/images        # your own classes
 """
@@ -748,9 +749,10 @@ def run_study(
     threads = max(1, args.threads // args.workers)
     opened: list[optuna.Study] = []
     about = describe_study(setting, images, args.tune_epochs, args.sampler, args.pruner)
-    names = list(search_space(batch_sizes_for(len(images))))
-    # Not yet narrowed to max_params: each trial does that, and its width lies in the search space.
-    default = replace(preset("default", images, setting.max_params), width=HParams().width)
+    sizes = batch_sizes_for(len(images))
+    names = list(search_space(sizes))
+    # Not narrowed to max_params: each trial does that, and its width lies in the search space.
+    default = HParams(batch_size=sizes[1])
 
     def begin(found: optuna.Study) -> None:
         opened.append(found)
@@ -805,7 +807,7 @@ def read_tuned(path: Path, setting: Setting, classes: Sequence[str]) -> HParams:
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tune, train the best and the default configuration, report."""
+    """Tune, train the chosen configurations, report."""
     args = parse_args(argv)
     device = cli.pick_device(args.device)
     cli.check_threads([args.threads])

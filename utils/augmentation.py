@@ -6,6 +6,7 @@ that a whole training step can be recorded as a CUDA graph.
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +31,24 @@ def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Ten
 # --- geometry -------------------------------------------------------------------------------------
 
 
+def change_bytes(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """Apply a function of float images to uint8 ones, a part at a time to save memory.
+
+    What it returns is rounded, and has to lie between 0 and 255.
+    """
+    return torch.cat([change(part.float()).round().byte() for part in images.split(10_000)])
+
+
 def resize(images: Tensor, size: int) -> Tensor:
     """uint8 `[N, C, H, W]` -> `[N, C, size, size]`, antialiased."""
-    parts = [
-        F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True).round().byte()
-        for part in images.split(10_000)
-    ]
-    return torch.cat(parts)
+    how = functools.partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
+    return change_bytes(images, how)
 
 
 def pad_for_crops(images: Tensor, padding: int) -> Tensor:
     """uint8 `[N, C, H, W]` -> `[N, H + 2 padding, W + 2 padding, C]`, mirrored at the borders."""
-    width = (padding,) * 4
-    parts = [F.pad(part.float(), width, "reflect").byte() for part in images.split(10_000)]
-    return torch.cat(parts).permute(0, 2, 3, 1).contiguous()
+    padded = change_bytes(images, lambda part: F.pad(part, (padding,) * 4, "reflect"))
+    return padded.permute(0, 2, 3, 1).contiguous()
 
 
 def crop_and_flip(padded: Tensor, chosen: Tensor, size: int, flip: bool) -> Tensor:
