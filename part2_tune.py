@@ -32,7 +32,14 @@ from tqdm import tqdm
 
 from utils import augmentation, cli, data, evaluation, models, results, study, tuning_report
 from utils.isolation import run_jobs
-from utils.training import Muon, capture, memory_format, prepare_backend, warmup_cosine
+from utils.training import (
+    Muon,
+    capture,
+    memory_format,
+    prepare_backend,
+    warmup_cosine,
+    whitening_kernels,
+)
 
 HELD_OUT = 0.1  # share of the training images on which configurations are compared
 STUDY_NAME = "smallcnn"
@@ -57,16 +64,21 @@ QUICK = {
 class HParams:
     """One configuration. The defaults are what an experienced hand would try first."""
 
-    width: int = 64  # channels at full resolution; twice and four times as many below
-    depth1: int = 1  # residual blocks at full resolution
-    depth2: int = 2  # at half
+    width: int = 64  # channels at the first resolution; twice and four times as many below
+    depth1: int = 1  # residual blocks at the first resolution, the images' own
+    depth2: int = 2  # at half of it
     depth3: int = 3  # at a quarter
+    whiten: bool = False  # a fixed convolution first; the three resolutions begin at half
     pool: bool = False  # halve the resolution by max-pooling, not by a convolution's stride
     dropout: float = 0.0  # of the features before the classifier
     optimizer: str = "muon"
     learning_rate: float = 1.0  # peak, as a multiple of PEAK_RATES
     batch_size: int = 512  # images
     cutmix: float = 0.5  # share of the images that take a square from another
+    colour: float = 0.0  # largest relative change of brightness, contrast and saturation
+    shift: float = 1 / 8  # largest shift of an image, as a share of its side
+    alternate: bool = False  # mirror an image in every other epoch, not at random
+    label_smoothing: float = 0.1
     rate_beside_muon: float = 0.2  # peak learning rate of what Muon leaves to SGD
     small_share: float = 0.0  # share of the steps, the first, that see smaller images: see shrink
 
@@ -76,29 +88,40 @@ class HParams:
 PEAK_RATES = {"sgd": 0.8, "adamw": 4e-3, "muon": 0.06}
 REFERENCE_BATCH = 512
 WEIGHT_DECAYS = {"sgd": 5e-4, "adamw": 0.05, "muon": 5e-4}
-LABEL_SMOOTHING = 0.1
 WARMUP = 0.2  # share of the steps
 
+# A short training wants labels that are smoothed more, no mixtures and small shifts, small images
+# first, and pooling instead of blocks at full resolution, where a block costs most.
+SHORT = HParams(
+    pool=True,
+    learning_rate=1.5,
+    cutmix=0.0,
+    shift=1 / 16,
+    alternate=True,
+    label_smoothing=0.2,
+    rate_beside_muon=0.4,
+    small_share=0.5,
+)
 # Beside "tuned", the best configuration of a study.
 PRESETS = {
     "default": HParams(),
-    # The most accurate found for 5 M parameters and three minutes: more blocks at high resolution.
-    "deep": HParams(depth1=3, depth2=6, depth3=2),
-    # A short training wants no mixtures, small images first, and pooling instead of blocks at full
-    # resolution, where a block costs most.
-    "fast": HParams(
-        depth1=0, depth2=1, depth3=2, pool=True, cutmix=0.0, rate_beside_muon=0.4, small_share=0.5
+    # The most accurate found for 5 M parameters and three minutes: more blocks at high resolution,
+    # and images that differ more.
+    "deep": HParams(depth1=3, depth2=6, depth3=2, cutmix=0.7, colour=0.3),
+    "fast": replace(SHORT, depth1=0, depth2=1, depth3=2),
+    # As short as possible, with more than --max-params allows unless it is raised to 9 M.
+    "sprint": replace(
+        SHORT, width=128, depth2=1, depth3=1, whiten=True, learning_rate=2.0, batch_size=1024
     ),
 }
-FINAL_EPOCHS = {"default": 80, "tuned": 80, "deep": 145, "fast": 13}
+FINAL_EPOCHS = {"default": 80, "tuned": 80, "deep": 145, "fast": 23, "sprint": 13}
 
 
 def suggest(trial: optuna.trial.BaseTrial, batch_sizes: Sequence[int]) -> HParams:
     """The search space.
 
     A trial is several times shorter than the final training, which wants more regularisation: so
-    CutMix and dropout are searched near their usual values, and label smoothing, weight decay and
-    warm-up stay as they are.
+    CutMix and dropout are searched near their usual values, and the rest stays as it is.
     """
     return HParams(
         width=trial.suggest_int("width", 48, 96, step=16),
@@ -131,7 +154,8 @@ def batch_sizes_for(num_images: int) -> list[int]:
 
 def preset(name: str, images: data.ImageSet, max_params: int) -> HParams:
     """The preset for these training images: fewer want smaller batches."""
-    hparams = replace(PRESETS[name], batch_size=batch_sizes_for(len(images))[1])
+    multiple = PRESETS[name].batch_size // REFERENCE_BATCH
+    hparams = replace(PRESETS[name], batch_size=multiple * batch_sizes_for(len(images))[1])
     return fit_width(hparams, len(images.classes), max_params)
 
 
@@ -148,6 +172,8 @@ def fit_width(hparams: HParams, num_classes: int, max_params: int) -> HParams:
 
 
 # --- the network ----------------------------------------------------------------------------------
+
+WHITE_CHANNELS = 32  # of the fixed convolution, if there is one
 
 
 class ConvNormAct(nn.Sequential):
@@ -178,7 +204,8 @@ class SmallCNN(nn.Module):
 
     A 3x3 convolution each leads into the resolutions H, H/2 and H/4; it halves them by its stride
     or, if `pool`, by max-pooling. `depths` residual blocks follow. The features' average over the
-    last map goes to a linear classifier.
+    last map goes to a linear classifier. If `whiten`, a 3x3 convolution that is not trained and a
+    SiLU come first, and the resolutions are H/2, H/4 and H/8.
     """
 
     def __init__(
@@ -188,12 +215,17 @@ class SmallCNN(nn.Module):
         dropout: float,
         num_classes: int,
         pool: bool = False,
+        whiten: bool = False,
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
+        if whiten:
+            layers = [nn.Conv2d(3, WHITE_CHANNELS, 3, padding=1, bias=False), nn.SiLU()]
+            layers[0].requires_grad_(False)
+            channels = WHITE_CHANNELS
         for stage, depth in enumerate(depths):
-            wide, lower = width * 2**stage, stage > 0
+            wide, lower = width * 2**stage, whiten or stage > 0
             stride = 2 if lower and not pool else 1
             layers.append(ConvNormAct(channels, wide, stride, pool=lower and pool))
             layers += [ResidualBlock(wide) for _ in range(depth)]
@@ -210,7 +242,7 @@ def architecture_of(hparams: HParams, num_classes: int) -> dict[str, Any]:
     """The arguments of SmallCNN."""
     depths = [hparams.depth1, hparams.depth2, hparams.depth3]
     shape = {"width": hparams.width, "depths": depths, "dropout": hparams.dropout}
-    return shape | {"num_classes": num_classes, "pool": hparams.pool}
+    return shape | {"num_classes": num_classes, "pool": hparams.pool, "whiten": hparams.whiten}
 
 
 def count_parameters(hparams: HParams, num_classes: int) -> int:
@@ -239,6 +271,7 @@ class Task:
     mean: tuple[float, ...]  # per channel, on the 0-1 scale
     std: tuple[float, ...]
     flip: bool  # mirror half of the images left-right
+    mirrored: Tensor  # bool `[N]`, the half of this epoch: see choose_mirrored
 
     @property
     def size(self) -> int:
@@ -247,6 +280,12 @@ class Task:
     @property
     def device(self) -> torch.device:
         return self.images.images.device
+
+    @property
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation on the device, to normalise with."""
+        mean, std = (augmentation.channels(values, self.device) for values in (self.mean, self.std))
+        return mean, std
 
 
 @dataclass(frozen=True)
@@ -261,7 +300,8 @@ class Epoch:
 
 def make_task(images: data.ImageSet, flip: bool, device: torch.device) -> Task:
     """Move the images to the device and measure their channels' mean and deviation."""
-    return Task(data.to_device(images, device), *data.channel_statistics(images), flip)
+    mirrored = torch.zeros(len(images), dtype=torch.bool, device=device)
+    return Task(data.to_device(images, device), *data.channel_statistics(images), flip, mirrored)
 
 
 def shrink(task: Task) -> Task:
@@ -269,6 +309,23 @@ def shrink(task: Task) -> Task:
     size = max(8, task.size * 3 // 32 * 8)
     small = augmentation.resize(task.images.images, size)
     return replace(task, images=replace(task.images, images=small))
+
+
+def choose_mirrored(task: Task, epoch: int, alternate: bool) -> None:
+    """Choose a random half of the images, or the half that the epoch before did not mirror."""
+    if task.flip and alternate and epoch > 0:
+        task.mirrored.logical_not_()
+    elif task.flip:
+        task.mirrored.copy_(torch.rand(len(task.images), device=task.device) < 0.5)
+
+
+def set_whitening(network: SmallCNN, task: Task) -> None:
+    """Let the first convolution decorrelate the pixels of the task's images."""
+    some = task.images.images[:: max(1, len(task.images) // 1000)]
+    x = augmentation.normalize(some.float().div_(255), *task.scale)
+    convolution = network.features[0]
+    assert isinstance(convolution, nn.Conv2d)
+    convolution.weight.copy_(whitening_kernels(x, WHITE_CHANNELS // 2))
 
 
 def train(
@@ -282,6 +339,10 @@ def train(
     """
     clock = time.perf_counter()
     hparams = replace(hparams, batch_size=min(hparams.batch_size, len(task.images)))
+    if compiled:
+        torch.compiler.reset()  # else what earlier trainings compiled counts towards a limit
+    if hparams.whiten:
+        set_whitening(network, task)
     optimizers = make_optimizers(network, hparams)
     step = whole_step = make_step(network, optimizers, hparams, task, compiled)
     if hparams.small_share:
@@ -291,6 +352,7 @@ def train(
     for epoch in range(epochs):
         clock = time.perf_counter()
         network.train()
+        choose_mirrored(task, epoch, hparams.alternate)
         batches = torch.randperm(len(task.images), device=task.device).split(hparams.batch_size)
         losses = torch.zeros((), device=task.device)
         for i, batch in enumerate(batches[:steps], start=epoch * steps):
@@ -315,15 +377,16 @@ def make_optimizers(
     """
     device = network.head.weight.device
     on_gpu = device.type == "cuda"
-    kernels = [p for p in network.parameters() if p.ndim == 4]
+    kernels = [p for p in network.parameters() if p.ndim == 4 and p.requires_grad]
     vectors = [p for p in network.parameters() if p.ndim == 1]
     multiple = hparams.learning_rate * (hparams.batch_size / REFERENCE_BATCH) ** 0.5
     peak = multiple * PEAK_RATES[hparams.optimizer]
     rate = torch.zeros((), device=device)
     optimizers: list[tuple[torch.optim.Optimizer, float]] = []
     if hparams.optimizer == "muon":
-        optimizers.append((Muon(kernels[1:], rate, momentum=0.9), peak))
-        kernels, rate = kernels[:1], torch.zeros((), device=device)
+        inner = kernels if hparams.whiten else kernels[1:]
+        optimizers.append((Muon(inner, rate, momentum=0.9), peak))
+        kernels, rate = kernels[: len(kernels) - len(inner)], torch.zeros((), device=device)
         peak = multiple * hparams.rate_beside_muon
     decay = WEIGHT_DECAYS[hparams.optimizer]
     groups = [
@@ -351,18 +414,30 @@ def make_step(
     hundred kernels one by one would take longer than running them.
     """
     on_gpu = task.device.type == "cuda"
-    forward = torch.compile(network, dynamic=False) if compiled else network
-    padded = augmentation.pad_for_crops(task.images.images, task.size // 8)
+    padded = augmentation.pad_for_crops(task.images.images, round(task.size * hparams.shift))
+    scale = task.scale
+
+    def loss_of(batch: Tensor) -> Tensor:
+        x, targets = augment(padded, batch, task, hparams)
+        x = augmentation.normalize(x, *scale)
+        with torch.autocast(task.device.type, torch.bfloat16, enabled=on_gpu):
+            logits = network(x.to(memory_format=memory_format(task.device)))
+        return F.cross_entropy(logits.float(), targets, label_smoothing=hparams.label_smoothing)
+
+    compute_loss: Callable[[Tensor], Tensor] = loss_of
+    updates: list[Callable[[], Any]] = [optimizer.step for optimizer, _ in optimizers]
+    if compiled:
+        compute_loss = torch.compile(loss_of, dynamic=False)
+        for i, (optimizer, _) in enumerate(optimizers):
+            if isinstance(optimizer, Muon):  # SGD is one kernel anyway
+                updates[i] = torch.compile(optimizer.update, dynamic=False)
 
     def step(batch: Tensor) -> Tensor:
-        x, targets = augment(padded, batch, task, hparams.cutmix)
-        with torch.autocast(task.device.type, torch.bfloat16, enabled=on_gpu):
-            logits = forward(x.to(memory_format=memory_format(task.device)))
-        loss = F.cross_entropy(logits.float(), targets, label_smoothing=LABEL_SMOOTHING)
+        loss = compute_loss(batch)
         loss.backward()
-        for optimizer, _ in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        for update in updates:
+            update()
+        network.zero_grad()
         return loss.detach()
 
     if not on_gpu:
@@ -372,13 +447,16 @@ def make_step(
     return capture(step, example)
 
 
-def augment(padded: Tensor, batch: Tensor, task: Task, cutmix: float) -> tuple[Tensor, Tensor]:
-    """Crop, flip, normalise and mix: images `[N, 3, S, S]`, targets `[N, classes]`."""
-    pixels = augmentation.crop_and_flip(padded, batch, task.size, task.flip)
-    x = augmentation.normalize(pixels.float().div_(255), task.mean, task.std)
+def augment(padded: Tensor, batch: Tensor, task: Task, hparams: HParams) -> tuple[Tensor, Tensor]:
+    """Crop, flip, colour, mix: images `[N, 3, S, S]` from 0 to about 1, targets `[N, classes]`."""
+    n, device, colour = len(batch), task.device, hparams.colour
+    x = augmentation.crop_and_flip(padded, batch, task.size, task.mirrored).float().div_(255)
+    if colour:
+        factors = augmentation.uniform((3, n), 1 - colour, 1 + colour, device)
+        x = augmentation.change_colour(x, factors)
     targets = F.one_hot(data.labels_of(task.images)[batch], len(task.images.classes)).float()
-    if cutmix:
-        weights = augmentation.mixing_weights(len(batch), task.size, 0.0, cutmix, task.device)
+    if hparams.cutmix:
+        weights = augmentation.mixing_weights(n, task.size, 0.0, hparams.cutmix, device)
         x, targets = augmentation.mix(x, targets, weights)
     return x, targets
 

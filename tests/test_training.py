@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import shutil
 import weakref
 
 import pytest
@@ -16,6 +17,7 @@ from utils.training import (
     orthogonalize,
     prepare_backend,
     warmup_cosine,
+    whitening_kernels,
 )
 
 
@@ -215,3 +217,34 @@ def test_warmup_never_exceeds_the_peak():
         rates = [warmup_cosine(step, 6, warmup, 0.3) for step in range(6)]
         assert max(rates) <= 0.3
         assert rates[-1] < 0.15
+
+
+def test_whitened_patches_are_decorrelated():
+    torch.manual_seed(0)
+    smooth = nn.functional.avg_pool2d(torch.randn(50, 3, 20, 20), 3, stride=1)
+    x = smooth + smooth.mean(1, keepdim=True)
+    kernels = whitening_kernels(x, 6)
+    assert kernels.shape == (12, 3, 3, 3)
+    torch.testing.assert_close(kernels[6:], -kernels[:6])
+    responses = nn.functional.conv2d(x, kernels[:6]).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(
+        responses @ responses.T / responses.shape[1], torch.eye(6), atol=0.05, rtol=0
+    )
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_muon_updates_like_muon():
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        kernels = [nn.Parameter(torch.randn(4, 4, 3, 3)) for _ in range(2)]
+        before = torch.stack([kernel.detach().clone() for kernel in kernels])
+        optimizer = Muon(kernels, torch.tensor(0.1), momentum=0.9)
+        update = torch.compile(optimizer.update, dynamic=False) if compiled else optimizer.step
+        for _ in range(3):
+            for kernel in kernels:
+                kernel.grad = torch.randn_like(kernel)
+            update()
+        results.append(torch.stack([kernel.detach() for kernel in kernels]))
+    torch.testing.assert_close(*results, atol=5e-3, rtol=0)  # its products are in bf16
+    assert (results[0] - before).abs().max() > 0.1

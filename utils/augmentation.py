@@ -23,9 +23,9 @@ def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
-def normalize(x: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Subtract the channels' means and divide by their deviations, in place."""
-    return x.sub_(channels(mean, x.device)).div_(channels(std, x.device))
+def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Subtract the `channels`' means and divide by their deviations, in place."""
+    return x.sub_(mean).div_(std)
 
 
 # --- geometry -------------------------------------------------------------------------------------
@@ -51,17 +51,18 @@ def pad_for_crops(images: Tensor, padding: int) -> Tensor:
     return padded.permute(0, 2, 3, 1).contiguous()
 
 
-def crop_and_flip(padded: Tensor, chosen: Tensor, size: int, flip: bool) -> Tensor:
-    """Random crops, half of them mirrored, of the `chosen` images `[N]` of `pad_for_crops`.
+def crop_and_flip(padded: Tensor, chosen: Tensor, size: int, mirrored: Tensor) -> Tensor:
+    """Random crops of the `chosen` images `[N]` of `pad_for_crops`.
+
+    Args:
+        mirrored: bool, for each image of `padded`: mirror it left-right.
 
     Returns their pixels, uint8 `[N, C, size, size]` in channels-last memory, by one gather.
     """
     n, device = len(chosen), padded.device
     offsets = torch.randint(0, padded.shape[1] - size + 1, (2, n, 1), device=device)
     rows, columns = offsets + torch.arange(size, device=device)
-    if flip:
-        mirrored = torch.rand(n, 1, device=device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
+    columns = torch.where(mirrored[chosen][:, None], columns.flip(1), columns)
     pixels = padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
     return pixels.permute(0, 3, 1, 2)
 

@@ -141,7 +141,8 @@ def augment(
     if how.colour:
         factors = augmentation.uniform((3, n), 1 - how.colour, 1 + how.colour, device)
         x = augmentation.change_colour(x, factors)
-    x = augmentation.normalize(x.clamp_(0, 1), MEAN, STD)
+    mean, std = (augmentation.channels(values, device) for values in (MEAN, STD))
+    x = augmentation.normalize(x.clamp_(0, 1), mean, std)
     weights = augmentation.mixing_weights(n, size, how.mixup, how.cutmix, device)
     x, targets = augmentation.mix(x, F.one_hot(labels, classes).float(), weights)
     boxes = augmentation.random_boxes(augmentation.uniform((n,), 0.02, 0.33, device), size)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # Quintic whose iteration drives singular values towards 1 (Jordan et al. 2024).
@@ -83,6 +84,24 @@ def _replay(
     return value
 
 
+def whitening_kernels(x: Tensor, components: int) -> Tensor:
+    """Kernels whose responses to the 3x3 patches of images are decorrelated and of unit variance.
+
+    Patch whitening as by Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU".
+
+    Args:
+        x: normalised images, float `[N, C, H, W]`.
+        components: principal components of the patches to use, the largest first; at most 9 C.
+
+    Returns:
+        `[2 components, C, 3, 3]`: each kernel, then each once more with the other sign.
+    """
+    patches = F.unfold(x, 3).transpose(1, 2).flatten(0, 1)
+    values, vectors = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
+    scaled = (vectors / (values + 1e-2).sqrt()).T.flip(0)[:components]  # damps the faintest
+    return torch.cat([scaled, -scaled]).to(x.dtype).unflatten(1, (x.shape[1], 3, 3))
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is orthogonalised, for the kernels of convolutions.
 
@@ -101,10 +120,14 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, parameters: Iterable[nn.Parameter], lr: Tensor, momentum: float) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
 
-    @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the parameters from their gradients; `closure` is not supported."""
         assert closure is None
+        self.update()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """What `step` does, without an optimiser's hooks: torch.compile takes it whole."""
         for group in self.param_groups:
             alike: dict[torch.Size, list[nn.Parameter]] = {}
             for parameter in group["params"]:
