@@ -1,7 +1,9 @@
 """Figures and derived tables of Part 2, from its studies' CSV files; `study` tells these apart."""
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from utils import tuning_report
@@ -36,12 +38,12 @@ def draw_part2(data: Path, folder: Path) -> list[Path]:
 
 
 def write_tables(data: Path) -> None:
-    """Write part2_optimizers.csv, part2_costs.csv, part2_workers.csv and part2_final_summary.csv.
+    """Write part2_{optimizers,costs,workers,final_summary,factorial_effects}.csv.
 
     Args:
         data: holds part2_trials.csv, part2_history.csv, part2_finalists.csv and part2_final.csv,
-            each of one or several studies, and part2_probe_trials.csv, where every number of
-            `workers` ran the same trials.
+            each of one or several studies, part2_probe_trials.csv, where every number of
+            `workers` ran the same trials, and the two files that `estimate_effects` takes.
     """
     trials, history, finalists, final, probe = (
         pd.read_csv(data / f"part2_{name}.csv")
@@ -54,8 +56,42 @@ def write_tables(data: Path) -> None:
         "workers": compare_workers(probe),
         "final_summary": pd.DataFrame(tuning_report.summarize(rows_of(final))),
     }
+    factors, runs = (
+        pd.read_csv(data / f"part2_{n}.csv") for n in ("factorial_factors", "factorial")
+    )
+    derived["factorial_effects"] = estimate_effects(factors, runs)
     for name, table in derived.items():
         table.to_csv(data / f"part2_{name}.csv", index=False)
+
+
+def estimate_effects(factors: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """What each factor of a factorial design changes on average, in points of top-1.
+
+    A linear model without interactions, by least squares (Box, Hunter and Hunter, "Statistics for
+    Experimenters"); a design with no more runs than coefficients leaves no error to estimate.
+
+    Args:
+        factors: columns `design`, `factor`, and its two levels `from` and `to` as JSON.
+        runs: columns `design`, `status`, `factors` (JSON: each factor's level) and accuracies.
+    """
+    tables = []
+    for design, group in factors.groupby("design", sort=False):
+        done = runs[(runs.design == design) & (runs.status == "ok")]
+        levels = pd.DataFrame([json.loads(text) for text in done.factors])
+        high = [levels[f] == json.loads(to) for f, to in zip(group.factor, group.to, strict=True)]
+        x = np.column_stack([np.ones(len(done)), *high])
+        table = group.assign(trainings=len(done))
+        for name in ("top1", "averaged_top1"):
+            y = done[f"{name}_percent"].to_numpy()
+            effects, *_ = np.linalg.lstsq(x, y)
+            left = len(y) - x.shape[1]
+            table[f"{name}_effect"] = effects[1:]
+            if left > 0:
+                variance = ((y - x @ effects) ** 2).sum() / left
+                errors = np.sqrt(variance * np.diag(np.linalg.inv(x.T @ x)))
+                table[f"{name}_standard_error"] = errors[1:]
+        tables.append(table)
+    return pd.concat(tables).round(2)
 
 
 def compare_optimizers(trials: pd.DataFrame, history: pd.DataFrame, epoch: int) -> pd.DataFrame:

@@ -1,5 +1,7 @@
 """What the figures of Part 2 compute, and that they are drawn from the CSV files alone."""
 
+import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -87,6 +89,46 @@ def test_speed_of_several_workers():
     assert row["epochs_per_minute_after_setup"] == 36.0
 
 
+FACTORS = pd.DataFrame(
+    [("a", "rate", "1", "2"), ("a", "mirrored", "true", "false"), ("b", "rate", "1", "2")],
+    columns=["design", "factor", "from", "to"],
+)
+
+
+def run(
+    design: str, levels: dict[str, object], top1: float, status: str = "ok"
+) -> dict[str, object]:
+    about = {"design": design, "factors": json.dumps(levels), "status": status}
+    return about | {"top1_percent": top1, "averaged_top1_percent": -top1}
+
+
+RUNS = pd.DataFrame(
+    [
+        *(
+            run("a", {"rate": rate, "mirrored": mirrored}, 70 + 2 * rate + 3 * mirrored + noise)
+            for rate, mirrored, noise in (
+                (1, True, 1),
+                (2, True, -1),
+                (1, False, -1),
+                (2, False, 1),
+            )
+        ),
+        run("b", {"rate": 1}, 50.0),
+        run("b", {"rate": 2}, 51.5),
+        run("b", {"rate": 2}, math.nan, status="failed"),
+    ]
+)
+
+
+def test_effects_are_changes_from_the_first_to_the_second_level():
+    found = figures.estimate_effects(FACTORS, RUNS)
+    assert found.top1_effect.tolist() == [2.0, -3.0, 1.5]
+    assert found.averaged_top1_effect.tolist() == [-2.0, 3.0, -1.5]
+    assert found.trainings.tolist() == [4, 4, 2]
+    # Four residuals of 1, one degree of freedom: a deviation of 2; two runs against two.
+    assert found.top1_standard_error.fillna(-1).tolist() == [2.0, 2.0, -1.0]
+
+
 def test_every_figure_is_drawn_from_tables(tmp_path: Path):
     times = timed([1.0, 2.0, 3.0, 4.0, 5.0])
     trials = TRIALS.assign(width=[1, 2, 3, 4, 5], optimizer="muon", batch_size=64, **times)
@@ -109,7 +151,7 @@ def test_tables_are_derived_from_the_trials(tmp_path: Path):
     finalists = pd.DataFrame({"study": ["smallcnn"], "train_seconds": 5.0})
     probe = trials.assign(workers=1, setup_seconds=0.5)
     given = {"trials": trials, "history": history, "finalists": finalists, "probe_trials": probe}
-    given["final"] = FINAL
+    given |= {"final": FINAL, "factorial_factors": FACTORS, "factorial": RUNS}
     for name, table in given.items():
         table.to_csv(tmp_path / f"part2_{name}.csv", index=False)
     figures.write_tables(tmp_path)
@@ -118,5 +160,6 @@ def test_tables_are_derived_from_the_trials(tmp_path: Path):
     assert found.trials.tolist() == [1, 4]
     assert pd.read_csv(tmp_path / "part2_costs.csv").finalists_seconds.tolist() == [5.0, 0.0]
     assert pd.read_csv(tmp_path / "part2_workers.csv").trials.tolist() == [5]
+    assert len(pd.read_csv(tmp_path / "part2_factorial_effects.csv")) == 3
     final = pd.read_csv(tmp_path / "part2_final_summary.csv")
     assert final.top1_percent_mean.tolist() == [80.0, 81.0, 80.5]  # studies are not lumped together
