@@ -72,26 +72,26 @@ class HParams:
     pool: bool = False  # halve the resolution by max-pooling, not by a convolution's stride
     dropout: float = 0.0  # of the features before the classifier
     optimizer: str = "muon"
-    learning_rate: float = 1.0  # peak, as a multiple of PEAK_RATES
+    learning_rate: float = 1.0  # peak, as a multiple of all usual ones
     batch_size: int = 512  # images
     cutmix: float = 0.5  # share of the images that take a square from another
     colour: float = 0.0  # largest relative change of brightness, contrast and saturation
-    shift: float = 1 / 8  # largest shift of an image, as a share of its side
-    alternate: bool = False  # mirror an image in every other epoch, not at random
+    shift: float = 1 / 8  # largest shift of an image, as a share of its side, rounded up
+    alternate: bool = False  # mirror an image in every other epoch, not at random; needs --flip
     label_smoothing: float = 0.1
-    rate_beside_muon: float = 0.2  # peak learning rate of what Muon leaves to SGD
+    rate_beside_muon: float = 0.2  # usual peak rate of what Muon leaves to SGD, as in PEAK_RATES
     small_share: float = 0.0  # share of the steps, the first, that see smaller images: see shrink
 
 
-# Known to work with batches of 512; rates grow with the root of the batch. Muon serves the kernels
-# of the inner convolutions, SGD whatever else it trains.
+# Known to work with batches of 512; rates grow with the root of the batch, and learning_rate
+# multiplies them. Muon serves the kernels of the inner convolutions, SGD whatever else it trains.
 PEAK_RATES = {"sgd": 0.8, "adamw": 4e-3, "muon": 0.06}
 REFERENCE_BATCH = 512
 WEIGHT_DECAYS = {"sgd": 5e-4, "adamw": 0.05, "muon": 5e-4}
 WARMUP = 0.2  # share of the steps
 
-# A short training wants labels that are smoothed more, no mixtures and small shifts, small images
-# first, and pooling instead of blocks at full resolution, where a block costs most.
+# A short training wants high rates, little that makes its images harder, small images first, labels
+# that are smoothed more, and pooling instead of strides.
 SHORT = HParams(
     pool=True,
     learning_rate=1.5,
@@ -108,12 +108,21 @@ PRESETS = {
     # The most accurate found for 5 M parameters and three minutes: more blocks at high resolution,
     # and images that differ more.
     "deep": HParams(depth1=3, depth2=6, depth3=2, cutmix=0.7, colour=0.3),
+    # No block at full resolution, where it costs most.
     "fast": replace(SHORT, depth1=0, depth2=1, depth3=2),
-    # As short as possible, with more than --max-params allows unless it is raised to 9 M.
+    # More than --max-params allows unless it is raised to 9 M.
     "sprint": replace(
-        SHORT, width=128, depth2=1, depth3=1, whiten=True, learning_rate=2.0, batch_size=1024
+        SHORT,
+        width=128,
+        depth1=1,
+        depth2=1,
+        depth3=1,
+        whiten=True,
+        learning_rate=2.0,
+        batch_size=1024,
     ),
 }
+# A minute and three minutes of training on an H100, 8 and 4 s on an H200.
 FINAL_EPOCHS = {"default": 80, "tuned": 80, "deep": 145, "fast": 23, "sprint": 13}
 
 
@@ -154,8 +163,8 @@ def batch_sizes_for(num_images: int) -> list[int]:
 
 def preset(name: str, images: data.ImageSet, max_params: int) -> HParams:
     """The preset for these training images: fewer want smaller batches."""
-    multiple = PRESETS[name].batch_size // REFERENCE_BATCH
-    hparams = replace(PRESETS[name], batch_size=multiple * batch_sizes_for(len(images))[1])
+    batch_size = PRESETS[name].batch_size * batch_sizes_for(len(images))[1] // REFERENCE_BATCH
+    hparams = replace(PRESETS[name], batch_size=batch_size)
     return fit_width(hparams, len(images.classes), max_params)
 
 
@@ -271,7 +280,6 @@ class Task:
     mean: tuple[float, ...]  # per channel, on the 0-1 scale
     std: tuple[float, ...]
     flip: bool  # mirror half of the images left-right
-    mirrored: Tensor  # bool `[N]`, the half of this epoch: see choose_mirrored
 
     @property
     def size(self) -> int:
@@ -282,8 +290,8 @@ class Task:
         return self.images.images.device
 
     @property
-    def scale(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation on the device, to normalise with."""
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and deviation on the device, `[1, 3, 1, 1]` each, to normalise with."""
         mean, std = (augmentation.channels(values, self.device) for values in (self.mean, self.std))
         return mean, std
 
@@ -295,13 +303,14 @@ class Epoch:
     epoch: int  # counted from 1
     loss: float  # mean of its steps
     seconds: float  # of training since the start, without evaluations between epochs
-    setup_seconds: float  # before the first step: choice of kernels, compilation, recording
+    # Before the first step: resizing and padding of all images, a whitening convolution, choice of
+    # kernels, compilation, recording.
+    setup_seconds: float
 
 
 def make_task(images: data.ImageSet, flip: bool, device: torch.device) -> Task:
     """Move the images to the device and measure their channels' mean and deviation."""
-    mirrored = torch.zeros(len(images), dtype=torch.bool, device=device)
-    return Task(data.to_device(images, device), *data.channel_statistics(images), flip, mirrored)
+    return Task(data.to_device(images, device), *data.channel_statistics(images), flip)
 
 
 def shrink(task: Task) -> Task:
@@ -311,18 +320,18 @@ def shrink(task: Task) -> Task:
     return replace(task, images=replace(task.images, images=small))
 
 
-def choose_mirrored(task: Task, epoch: int, alternate: bool) -> None:
-    """Choose a random half of the images, or the half that the epoch before did not mirror."""
-    if task.flip and alternate and epoch > 0:
-        task.mirrored.logical_not_()
-    elif task.flip:
-        task.mirrored.copy_(torch.rand(len(task.images), device=task.device) < 0.5)
+def choose_mirrored(mirrored: Tensor, epoch: int, alternate: bool) -> None:
+    """Set the flags, bool `[N]`, of a random half, or of what the epoch before did not mirror."""
+    if alternate and epoch > 0:
+        mirrored.logical_not_()
+    else:
+        mirrored.copy_(torch.rand(len(mirrored), device=mirrored.device) < 0.5)
 
 
 def set_whitening(network: SmallCNN, task: Task) -> None:
-    """Let the first convolution decorrelate the pixels of the task's images."""
-    some = task.images.images[:: max(1, len(task.images) // 1000)]
-    x = augmentation.normalize(some.float().div_(255), *task.scale)
+    """Let the first convolution decorrelate 3x3 patches of up to a thousand of the images."""
+    some = task.images.images[:: math.ceil(len(task.images) / 1000)]
+    x = augmentation.normalize(some.float().div_(255), *task.statistics)
     convolution = network.features[0]
     assert isinstance(convolution, nn.Conv2d)
     convolution.weight.copy_(whitening_kernels(x, WHITE_CHANNELS // 2))
@@ -340,19 +349,21 @@ def train(
     clock = time.perf_counter()
     hparams = replace(hparams, batch_size=min(hparams.batch_size, len(task.images)))
     if compiled:
-        torch.compiler.reset()  # else what earlier trainings compiled counts towards a limit
+        torch.compiler.reset()  # graphs of earlier trainings count towards recompile_limit
     if hparams.whiten:
         set_whitening(network, task)
     optimizers = make_optimizers(network, hparams)
-    step = whole_step = make_step(network, optimizers, hparams, task, compiled)
-    if hparams.small_share:
-        step = make_step(network, optimizers, hparams, shrink(task), compiled)
+    mirrored = torch.zeros(len(task.images), dtype=torch.bool, device=task.device)
+    step = whole_step = make_step(network, optimizers, hparams, task, mirrored, compiled)
+    if hparams.small_share and (small := shrink(task)).size < task.size:
+        step = make_step(network, optimizers, hparams, small, mirrored, compiled)
     steps = len(task.images) // hparams.batch_size
     setup_seconds, seconds = time.perf_counter() - clock, 0.0
     for epoch in range(epochs):
         clock = time.perf_counter()
         network.train()
-        choose_mirrored(task, epoch, hparams.alternate)
+        if task.flip:
+            choose_mirrored(mirrored, epoch, hparams.alternate)
         batches = torch.randperm(len(task.images), device=task.device).split(hparams.batch_size)
         losses = torch.zeros((), device=task.device)
         for i, batch in enumerate(batches[:steps], start=epoch * steps):
@@ -406,20 +417,23 @@ def make_step(
     optimizers: Sequence[tuple[torch.optim.Optimizer, float]],
     hparams: HParams,
     task: Task,
+    mirrored: Tensor,
     compiled: bool,
 ) -> Callable[[Tensor], Tensor]:
     """One optimisation step: indices of a batch `[batch_size]` -> its loss.
+
+    `mirrored`, bool `[N]`, says which images are mirrored, and may be changed between steps.
 
     On a GPU the whole step, augmentation included, is one CUDA graph: launching its several
     hundred kernels one by one would take longer than running them.
     """
     on_gpu = task.device.type == "cuda"
-    padded = augmentation.pad_for_crops(task.images.images, round(task.size * hparams.shift))
-    scale = task.scale
+    padded = augmentation.pad_for_crops(task.images.images, math.ceil(task.size * hparams.shift))
+    statistics = task.statistics  # here, as the compiler would not see that they are cached
 
     def loss_of(batch: Tensor) -> Tensor:
-        x, targets = augment(padded, batch, task, hparams)
-        x = augmentation.normalize(x, *scale)
+        x, targets = augment(padded, batch, mirrored, task, hparams)
+        x = augmentation.normalize(x, *statistics)
         with torch.autocast(task.device.type, torch.bfloat16, enabled=on_gpu):
             logits = network(x.to(memory_format=memory_format(task.device)))
         return F.cross_entropy(logits.float(), targets, label_smoothing=hparams.label_smoothing)
@@ -429,7 +443,7 @@ def make_step(
     if compiled:
         compute_loss = torch.compile(loss_of, dynamic=False)
         for i, (optimizer, _) in enumerate(optimizers):
-            if isinstance(optimizer, Muon):  # SGD is one kernel anyway
+            if isinstance(optimizer, Muon):  # the others are fused
                 updates[i] = torch.compile(optimizer.update, dynamic=False)
 
     def step(batch: Tensor) -> Tensor:
@@ -447,10 +461,16 @@ def make_step(
     return capture(step, example)
 
 
-def augment(padded: Tensor, batch: Tensor, task: Task, hparams: HParams) -> tuple[Tensor, Tensor]:
-    """Crop, flip, colour, mix: images `[N, 3, S, S]` from 0 to about 1, targets `[N, classes]`."""
+def augment(
+    padded: Tensor, batch: Tensor, mirrored: Tensor, task: Task, hparams: HParams
+) -> tuple[Tensor, Tensor]:
+    """Crop, flip, colour, mix: images `[N, 3, S, S]`, targets `[N, classes]`.
+
+    Pixels are from 0 to 1, and beyond that if `colour`: not cut off, as the network has no use for
+    the limits.
+    """
     n, device, colour = len(batch), task.device, hparams.colour
-    x = augmentation.crop_and_flip(padded, batch, task.size, task.mirrored).float().div_(255)
+    x = augmentation.crop_and_flip(padded, batch, task.size, mirrored).float().div_(255)
     if colour:
         factors = augmentation.uniform((3, n), 1 - colour, 1 + colour, device)
         x = augmentation.change_colour(x, factors)
@@ -772,7 +792,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--configurations",
         type=cli.name_list,
         default=["default", "tuned"],
-        help=f"which to train finally, comma-separated: {', '.join(FINAL_EPOCHS)}",
+        help=f"which to train finally, comma-separated: {', '.join(FINAL_EPOCHS)} (sprint is "
+        "narrowed unless --max-params is 9000000)",
     )
     add("--compile", action=boolean, default=True, help="compile the final trainings on a GPU")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
@@ -909,6 +930,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else preset(name, images, args.max_params)
         for name in args.configurations
     }
+    for name, hparams in chosen.items():
+        if name in PRESETS and hparams.width < PRESETS[name].width:
+            print(f"note: --max-params narrows {name} to {hparams.width} channels")
     compiled = args.compile and device.type == "cuda"
     final = run_final(
         setting, chosen, epochs, args.repeats, compiled, device, environment, output_dir

@@ -1,6 +1,7 @@
 """Figures and derived tables of Part 2, from its studies' CSV files; `study` tells these apart."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +44,8 @@ def write_tables(data: Path) -> None:
     Args:
         data: holds part2_trials.csv, part2_history.csv, part2_finalists.csv and part2_final.csv,
             each of one or several studies, part2_probe_trials.csv, where every number of
-            `workers` ran the same trials, and the two files that `estimate_effects` takes.
+            `workers` ran the same trials, and part2_factorial_factors.csv and
+            part2_factorial.csv, which `estimate_effects` takes.
     """
     trials, history, finalists, final, probe = (
         pd.read_csv(data / f"part2_{name}.csv")
@@ -72,24 +74,37 @@ def estimate_effects(factors: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         factors: columns `design`, `factor`, and its two levels `from` and `to` as JSON.
-        runs: columns `design`, `status`, `factors` (JSON: each factor's level) and accuracies.
+        runs: columns `design`, `status`, `factors` (JSON: each factor's level), `top1_percent` and,
+            of exponentially averaged weights, `averaged_top1_percent`. Failed runs do not count.
+
+    Returns:
+        The factors with the number of `trainings` and, for both accuracies, the effect of going
+        from one level to the other and its standard error.
+
+    Raises:
+        ValueError: a level that is none of the two, or too few runs to tell the factors apart.
     """
     tables = []
     for design, group in factors.groupby("design", sort=False):
         done = runs[(runs.design == design) & (runs.status == "ok")]
-        levels = pd.DataFrame([json.loads(text) for text in done.factors])
-        high = [levels[f] == json.loads(to) for f, to in zip(group.factor, group.to, strict=True)]
-        x = np.column_stack([np.ones(len(done)), *high])
-        table = group.assign(trainings=len(done))
+        levels = pd.DataFrame([json.loads(text) for text in done.factors], columns=group.factor)
+        low, high = (
+            np.column_stack(
+                [levels[row.factor] == json.loads(row[end]) for _, row in group.iterrows()]
+            )
+            for end in ("from", "to")
+        )
+        x = np.column_stack([np.ones(len(done)), high])
+        if (low == high).any() or np.linalg.matrix_rank(x) < x.shape[1]:
+            raise ValueError(f"{design}: unknown levels, or too few runs for {len(group)} factors")
+        table, left = group.assign(trainings=len(done)), len(x) - x.shape[1]
         for name in ("top1", "averaged_top1"):
             y = done[f"{name}_percent"].to_numpy()
             effects, *_ = np.linalg.lstsq(x, y)
-            left = len(y) - x.shape[1]
+            variance = ((y - x @ effects) ** 2).sum() / left if left else math.nan
+            errors = np.sqrt(variance * np.diag(np.linalg.inv(x.T @ x)))
             table[f"{name}_effect"] = effects[1:]
-            if left > 0:
-                variance = ((y - x @ effects) ** 2).sum() / left
-                errors = np.sqrt(variance * np.diag(np.linalg.inv(x.T @ x)))
-                table[f"{name}_standard_error"] = errors[1:]
+            table[f"{name}_standard_error"] = errors[1:]
         tables.append(table)
     return pd.concat(tables).round(2)
 

@@ -80,7 +80,10 @@ def profile_step(
     """Milliseconds of one training step by group of kernels: rows of PROFILE_COLUMNS."""
     network = part2.start_network(hparams, NUM_CLASSES, task.device, seed=0)
     optimizers = part2.make_optimizers(network, hparams)
-    step = part2.make_step(network, optimizers, hparams, task, compiled)
+    if compiled:
+        torch.compiler.reset()
+    mirrored = torch.zeros(len(task.images), dtype=torch.bool, device=task.device)
+    step = part2.make_step(network, optimizers, hparams, task, mirrored, compiled)
     batch = torch.randperm(len(task.images), device=task.device)[: hparams.batch_size]
 
     def run() -> float:

@@ -42,15 +42,21 @@ def digits_task(num_images: int = 300) -> part2.Task:
 @pytest.mark.parametrize("depths", [(0, 1, 1), (2, 3, 3), (0, 3, 1)])
 @pytest.mark.parametrize("size", [8, 32, 33])
 @pytest.mark.parametrize("pool", [False, True])
-def test_network_shapes_and_parameter_count(width, depths, size, pool):
-    network = part2.SmallCNN(width, depths, 0.1, 7, pool)
+@pytest.mark.parametrize("whiten", [False, True])
+def test_network_shapes_and_parameter_count(width, depths, size, pool, whiten):
+    network = part2.SmallCNN(width, depths, 0.1, 7, pool, whiten)
     x = torch.randn(2, 3, size, size)
     assert network(x).shape == (2, 7)
-    half, quarter = (size // 2, size // 4) if pool else ((size + 1) // 2, (size + 3) // 4)
-    assert network.features[: 2 + depths[0]](x).shape == (2, 2 * width, half, half)
+    first, white = 2 if whiten else 0, 32
+    sides = [size]
+    for _ in range(3):
+        sides.append(sides[-1] // 2 if pool else (sides[-1] + 1) // 2)
+    half, quarter = sides[whiten + 1 : whiten + 3]
+    assert network.features[: first + 2 + depths[0]](x).shape == (2, 2 * width, half, half)
     assert network.features(x).shape == (2, 4 * width, quarter, quarter)
     stages = [width, 2 * width, 4 * width]
-    kernels = sum(9 * n * w for n, w in zip([3, *stages[:2]], stages, strict=True))
+    inputs = [white if whiten else 3, *stages[:2]]
+    kernels = sum(9 * n * w for n, w in zip(inputs, stages, strict=True)) + whiten * 27 * white
     kernels += sum(2 * d * 9 * w * w for d, w in zip(depths, stages, strict=True))
     norms = sum((1 + 2 * d) * 2 * w for d, w in zip(depths, stages, strict=True))
     assert sum(p.numel() for p in network.parameters()) == kernels + norms + 7 * (4 * width + 1)
@@ -90,7 +96,7 @@ def test_presets_fit_the_limit_and_the_number_of_images():
         limit = 9_000_000 if name == "sprint" else 5_000_000
         assert part2.count_parameters(part2.PRESETS[name], 100) <= limit
         fitted = part2.preset(name, few, 80_000)
-        assert part2.PRESETS[name].batch_size == 512 * fitted.batch_size // 64
+        assert fitted.batch_size == (128 if name == "sprint" else 64)
         assert part2.count_parameters(fitted, 10) <= 80_000
         width, batch_size = fitted.width, fitted.batch_size
         assert fitted == replace(part2.PRESETS[name], width=width, batch_size=batch_size)
@@ -139,12 +145,17 @@ def test_task_measures_the_channels():
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
-def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(name):
-    network = part2.start_network(SMALL, 10, CPU, 0)
-    optimizers = part2.make_optimizers(network, replace(SMALL, optimizer=name))
+@pytest.mark.parametrize("whiten", [False, True])
+def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(name, whiten):
+    hparams = replace(SMALL, optimizer=name, whiten=whiten)
+    network = part2.start_network(hparams, 10, CPU, 0)
+    optimizers = part2.make_optimizers(network, hparams)
     groups = [group for optimizer, _ in optimizers for group in optimizer.param_groups]
     trained = [p for group in groups for p in group["params"]]
-    assert len(trained) == len({id(p) for p in trained}) == len(list(network.parameters()))
+    assert len(trained) == len({id(p) for p in trained})
+    ids = {id(p) for p in trained}
+    fixed = [name for name, p in network.named_parameters() if id(p) not in ids]
+    assert fixed == (["features.0.weight"] if whiten else [])
     decay = {id(p): group.get("weight_decay") for group in groups for p in group["params"]}
     assert all(decay[id(p)] == 0 for p in network.parameters() if p.ndim == 1)
     assert decay[id(network.head.weight)] == part2.WEIGHT_DECAYS[name]
@@ -152,16 +163,17 @@ def test_every_parameter_has_one_optimizer_and_vectors_do_not_decay(name):
     assert optimizers[0][1] == pytest.approx(part2.PEAK_RATES[name] / 4)  # batches of 32
     if name == "muon":
         assert optimizers[1][1] == pytest.approx(0.2 / 4)
-        changed = replace(SMALL, rate_beside_muon=0.4)
+        changed = replace(hparams, rate_beside_muon=0.4)
         assert part2.make_optimizers(network, changed)[1][1] == pytest.approx(0.4 / 4)
 
 
 def test_augment_without_mixing_is_a_crop_of_the_image():
     task = digits_task(20)
     padded = part2.augmentation.pad_for_crops(task.images.images, 0)
-    x, targets = part2.augment(padded, torch.arange(5), task, replace(SMALL, cutmix=0.0))
+    unflipped, hparams = torch.zeros(20, dtype=torch.bool), replace(SMALL, cutmix=0.0)
+    x, targets = part2.augment(padded, torch.arange(5), unflipped, task, hparams)
     how = Preprocessing(task.size, task.mean, task.std)
-    x = part2.augmentation.normalize(x, *task.scale)
+    x = part2.augmentation.normalize(x, *task.statistics)
     torch.testing.assert_close(x, preprocess(task.images.images[:5], how))
     assert targets.argmax(1).equal(data.labels_of(task.images)[:5])
 
@@ -173,7 +185,8 @@ def test_cutmix_targets_follow_the_pixels():
     labels = torch.arange(64) // 32
     task = part2.make_task(ImageSet("x", "train", images, labels, ("a", "b")), True, CPU)
     padded = part2.augmentation.pad_for_crops(images, 1)
-    x, targets = part2.augment(padded, torch.randperm(64), task, replace(SMALL, cutmix=1.0))
+    mirrored, hparams = torch.rand(64) < 0.5, replace(SMALL, cutmix=1.0)
+    x, targets = part2.augment(padded, torch.randperm(64), mirrored, task, hparams)
     share_of_white = (x > 0).float().mean((1, 2, 3))
     torch.testing.assert_close(targets[:, 1], share_of_white)
     assert ((targets > 0) & (targets < 1)).any()
@@ -187,7 +200,7 @@ def test_colours_change_by_image_and_no_more_than_they_may():
     )
     padded = part2.augmentation.pad_for_crops(images, 1)
     hparams = replace(SMALL, cutmix=0.0, colour=0.3)
-    x, _ = part2.augment(padded, torch.arange(64), task, hparams)
+    x, _ = part2.augment(padded, torch.arange(64), torch.rand(64) < 0.5, task, hparams)
     brightness = x[:, 0, 0, 0] / (100 / 255)  # of a grey image nothing else changes
     torch.testing.assert_close(x, brightness.view(-1, 1, 1, 1).expand_as(x) * 100 / 255)
     assert 0.7 <= brightness.min() < 0.75
@@ -196,51 +209,96 @@ def test_colours_change_by_image_and_no_more_than_they_may():
 
 def test_half_are_mirrored_at_random_or_in_turn():
     torch.manual_seed(0)
-    task = replace(digits_task(200), flip=True)
-    part2.choose_mirrored(task, 0, alternate=True)
-    first = task.mirrored.clone()
+    mirrored = torch.zeros(200, dtype=torch.bool)
+    part2.choose_mirrored(mirrored, 0, alternate=True)
+    first = mirrored.clone()
     assert first.float().mean() == pytest.approx(0.5, abs=0.1)
-    part2.choose_mirrored(task, 1, alternate=True)
-    assert task.mirrored.equal(~first)
-    part2.choose_mirrored(task, 2, alternate=False)
-    assert (task.mirrored == first).float().mean() == pytest.approx(0.5, abs=0.15)
-    part2.choose_mirrored(task, 0, alternate=True)  # of the next training: random again
-    assert 50 < int((task.mirrored == first).sum()) < 150
-    unflipped = digits_task(200)
-    part2.choose_mirrored(unflipped, 0, alternate=False)
-    assert not unflipped.mirrored.any()
+    part2.choose_mirrored(mirrored, 1, alternate=True)
+    assert mirrored.equal(~first)
+    part2.choose_mirrored(mirrored, 2, alternate=False)
+    assert (mirrored == first).float().mean() == pytest.approx(0.5, abs=0.15)
 
 
-def test_training_mirrors_in_turn_from_epoch_to_epoch(monkeypatch):
+@pytest.mark.parametrize("flip", [False, True])
+def test_training_mirrors_in_turn_from_epoch_to_epoch(flip, monkeypatch):
     hparams = replace(SMALL, batch_size=10, alternate=True)
-    task = replace(digits_task(20), flip=True)
+    task = replace(digits_task(20), flip=flip)
     seen = []
 
-    def make_step(network, optimizers, hparams, task, compiled):
+    def make_step(network, optimizers, hparams, task, mirrored, compiled):
         def step(batch: torch.Tensor) -> torch.Tensor:
-            seen.append(task.mirrored.tolist())
+            seen.append(mirrored.tolist())
             return torch.ones(())
 
         return step
 
     monkeypatch.setattr(part2, "make_step", make_step)
     list(part2.train(part2.start_network(hparams, 10, CPU, 0), hparams, task, 3))
-    assert seen[0] == seen[1] == seen[4] == seen[5] != seen[2] == seen[3]
-    assert seen[2] == [not mirrored for mirrored in seen[0]]
+    assert seen[0] == seen[1] == seen[4] == seen[5]
+    assert seen[2] == seen[3] == [flip and not mirrored for mirrored in seen[0]]
+    assert any(seen[0]) == flip
+
+
+def one_loss(hparams: part2.HParams, mirrored: torch.Tensor) -> float:
+    """The loss of the first step on the first 64 digits, before anything is learned."""
+    task, network = digits_task(64), part2.start_network(hparams, 10, CPU, 0)
+    optimizers = part2.make_optimizers(network, hparams)
+    return float(part2.make_step(network, optimizers, hparams, task, mirrored, False)(ORDER))
+
+
+ORDER = torch.arange(64)
+UNFLIPPED = torch.zeros(64, dtype=torch.bool)
+
+
+def test_the_loss_of_a_step_is_that_of_smoothed_labels_and_mirrored_images():
+    hparams = replace(SMALL, cutmix=0.0, shift=0.0, label_smoothing=0.2)
+    task, network = digits_task(64), part2.start_network(hparams, 10, CPU, 0)
+    how = Preprocessing(task.size, task.mean, task.std)
+    x, labels = preprocess(task.images.images, how), data.labels_of(task.images)
+    for mirrored in (UNFLIPPED, ~UNFLIPPED):
+        logits = network.train()(x.flip(3) if mirrored.all() else x)
+        expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
+        assert one_loss(hparams, mirrored) == pytest.approx(expected.item(), abs=1e-5)
+    assert one_loss(hparams, UNFLIPPED) != pytest.approx(one_loss(hparams, ~UNFLIPPED), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "shift", "pixels"),
+    [(32, 1 / 8, 4), (32, 1 / 16, 2), (24, 1 / 16, 2), (8, 1 / 8, 1), (8, 1 / 16, 1), (8, 0.0, 0)],
+)
+def test_images_are_shifted_by_a_share_of_their_side(size, shift, pixels, monkeypatch):
+    paddings: list[int] = []
+
+    def pad(images: torch.Tensor, padding: int) -> torch.Tensor:
+        paddings.append(padding)
+        return images
+
+    monkeypatch.setattr(part2.augmentation, "pad_for_crops", pad)
+    images = torch.zeros(4, 3, size, size, dtype=torch.uint8)
+    task = part2.make_task(
+        ImageSet("x", "train", images, torch.arange(4) % 2, ("a", "b")), True, CPU
+    )
+    hparams = replace(SMALL, shift=shift)
+    network = part2.start_network(hparams, 2, CPU, 0)
+    optimizers = part2.make_optimizers(network, hparams)
+    part2.make_step(network, optimizers, hparams, task, torch.zeros(4, dtype=torch.bool), False)
+    assert paddings == [pixels]
 
 
 def test_a_whitened_network_keeps_its_first_kernels_and_trains_the_rest():
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    images = ImageSet("x", "train", pixels, torch.arange(64) % 2, ("a", "b"))
+    task = part2.make_task(images, True, CPU)
     hparams = replace(SMALL, whiten=True, pool=True, cutmix=0.0)
-    task, network = digits_task(), part2.start_network(hparams, 10, CPU, 0)
+    network = part2.start_network(hparams, 2, CPU, 0)
     before = {name: p.clone() for name, p in network.named_parameters()}
-    list(part2.train(network, hparams, task, 1))
+    list(part2.train(network, hparams, task, 2))
     after = dict(network.named_parameters())
     first = after["features.0.weight"]
+    x = preprocess(images.images, Preprocessing(task.size, task.mean, task.std))
+    assert first.equal(part2.whitening_kernels(x, 16))
     assert not first.requires_grad
-    x = preprocess(task.images.images, Preprocessing(task.size, task.mean, task.std))
-    responses = nn.functional.conv2d(x, first)[:, :8].transpose(0, 1).flatten(1)
-    strength = responses.square().mean(1)  # faint components are damped
-    torch.testing.assert_close(strength, torch.ones(8), atol=0.2, rtol=0)
     assert all(not p.equal(before[name]) for name, p in after.items())
     groups = part2.make_optimizers(network, hparams)
     muon = [p for group in groups[0][0].param_groups for p in group["params"]]
@@ -248,16 +306,37 @@ def test_a_whitened_network_keeps_its_first_kernels_and_trains_the_rest():
     assert {id(p) for p in muon} == {id(p) for p in kernels}
 
 
+def test_a_whitened_network_is_saved_and_loaded(tmp_path: Path):
+    hparams = replace(SMALL, whiten=True, pool=True)
+    network = part2.start_network(hparams, 10, CPU, 0)
+    part2.set_whitening(network, digits_task())
+    test_set = load_images("digits", "test", num_images=50)
+    how = Preprocessing(8, (0.5,) * 3, (0.3,) * 3)
+    architecture = part2.architecture_of(hparams, 10)
+    state = part2.models.round_to_half(network)
+    checkpoint = part2.models.Checkpoint(state, architecture, how, 10.0)
+    path = tmp_path / "best.safetensors"
+    part2.models.write_checkpoint(path, checkpoint, network, test_set, {}, CPU)
+    loaded = part2.load_checkpoint(path)
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(loaded.module.eval()(x), network.eval()(x))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_replays_of_a_compiled_step_draw_new_crops_on_a_gpu():
+def test_replays_of_a_compiled_step_draw_new_crops_and_follow_the_mirrored_on_a_gpu():
     gpu = torch.device("cuda", 0)
-    images = load_images("digits", "train", num_images=64)
-    task, network = part2.make_task(images, False, gpu), part2.start_network(SMALL, 10, gpu, 0)
-    hparams = replace(SMALL, batch_size=64, cutmix=0.0)
-    optimizers = part2.make_optimizers(network, hparams)  # their rates are still zero
-    step = part2.make_step(network, optimizers, hparams, task, compiled=True)
-    losses = [float(step(torch.arange(64, device=gpu))) for _ in range(4)]
-    assert len(set(losses)) == 4
+    task = part2.make_task(load_images("digits", "train", num_images=64), False, gpu)
+    batch, mirrored, losses = ORDER.to(gpu), UNFLIPPED.to(gpu), {}
+    for shift in (1 / 4, 0.0):
+        hparams = replace(SMALL, batch_size=64, cutmix=0.0, shift=shift)
+        network = part2.start_network(hparams, 10, gpu, 0)
+        optimizers = part2.make_optimizers(network, hparams)  # their rates are still zero
+        step = part2.make_step(network, optimizers, hparams, task, mirrored, compiled=True)
+        losses[shift] = [float(step(batch)) for _ in range(6)]
+    assert max(losses[1 / 4]) - min(losses[1 / 4]) > 1e-3
+    assert max(losses[0.0]) - min(losses[0.0]) < 1e-3
+    mirrored.fill_(True)
+    assert abs(float(step(batch)) - losses[0.0][-1]) > 1e-3
 
 
 @pytest.mark.parametrize(("size", "smaller"), [(32, 24), (64, 48), (28, 16), (16, 8), (8, 8)])
@@ -277,7 +356,7 @@ def test_the_first_steps_see_small_images(monkeypatch):
     hparams = replace(SMALL, batch_size=8, small_share=0.5)
     sizes = []
 
-    def make_step(network, optimizers, hparams, task, compiled):
+    def make_step(network, optimizers, hparams, task, mirrored, compiled):
         def step(batch: torch.Tensor) -> torch.Tensor:
             sizes.append(task.size)
             return torch.ones(())
@@ -420,7 +499,7 @@ def test_the_saved_network_is_that_of_the_first_tuned_training(quick: Path):
     assert sample_logits(model.module, 8) == card["sample_logits"]
     test_set = load_images("digits", "test")
     how = model.preprocessing
-    task = part2.Task(test_set, how.mean, how.std, False, torch.zeros(0))
+    task = part2.Task(test_set, how.mean, how.std, False)
     top1 = part2.evaluate(model.module, test_set, task, half=False)["top1_percent"]
     assert top1 == pytest.approx(card["top1"], abs=0.005)
     final = pd.read_csv(quick / "final.csv").set_index(["configuration", "seed"])
@@ -698,8 +777,6 @@ def test_the_committed_network_reproduces_its_accuracy():
     path = ROOT / "weights" / "smallcnn_cifar100.safetensors"
     model = part2.load_checkpoint(path)
     test_set = load_images("cifar100", "test", Path(os.environ["CIFAR100_DIR"]))
-    task = part2.Task(
-        test_set, model.preprocessing.mean, model.preprocessing.std, False, torch.zeros(0)
-    )
+    task = part2.Task(test_set, model.preprocessing.mean, model.preprocessing.std, False)
     top1 = part2.evaluate(model.module, test_set, task, half=False)["top1_percent"]
     assert top1 == json.loads(path.with_suffix(".json").read_text())["top1"]

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pandas as pd
+import pytest
 
 from reports import part2_figures as figures
 from utils import tuning_report
@@ -163,3 +164,16 @@ def test_tables_are_derived_from_the_trials(tmp_path: Path):
     assert len(pd.read_csv(tmp_path / "part2_factorial_effects.csv")) == 3
     final = pd.read_csv(tmp_path / "part2_final_summary.csv")
     assert final.top1_percent_mean.tolist() == [80.0, 81.0, 80.5]  # studies are not lumped together
+
+
+@pytest.mark.parametrize(
+    ("changed", "value"),
+    [("status", "failed"), ("factors", '{"rate": 3, "mirrored": true}')],
+)
+def test_effects_that_cannot_be_told_apart_are_refused(changed, value):
+    runs = RUNS.copy()
+    runs.loc[0, changed] = value
+    if changed == "status":  # two runs are left for three coefficients
+        runs.loc[1, changed] = value
+    with pytest.raises(ValueError, match="a: unknown levels, or too few runs for 2 factors"):
+        figures.estimate_effects(FACTORS, runs)

@@ -24,7 +24,7 @@ def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Subtract the `channels`' means and divide by their deviations, in place."""
+    """Subtract each channel's mean and divide by its deviation, both from `channels`, in place."""
     return x.sub_(mean).div_(std)
 
 

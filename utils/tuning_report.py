@@ -232,8 +232,8 @@ def read_best(
             raise ValueError("not the hyperparameters of this version")
     except OSError as error:
         raise UserError(
-            f"{path} cannot be read ({error.strerror}): run --stage tune first, or train only "
-            "--configurations default"
+            f"{path} cannot be read ({error.strerror}): run --stage tune first, or leave "
+            "tuned out of --configurations"
         ) from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({first_line(error)}): run --stage tune") from error
