@@ -469,14 +469,14 @@ def augment(
     Pixels are from 0 to 1, and beyond that if `colour`: not cut off, as the network has no use for
     the limits.
     """
-    n, device, colour = len(batch), task.device, hparams.colour
     x = augmentation.crop_and_flip(padded, batch, task.size, mirrored).float().div_(255)
-    if colour:
-        factors = augmentation.uniform((3, n), 1 - colour, 1 + colour, device)
-        x = augmentation.change_colour(x, factors)
+    if hparams.colour:
+        x = augmentation.random_colour(x, hparams.colour)
     targets = F.one_hot(data.labels_of(task.images)[batch], len(task.images.classes)).float()
     if hparams.cutmix:
-        weights = augmentation.mixing_weights(n, task.size, 0.0, hparams.cutmix, device)
+        weights = augmentation.mixing_weights(
+            len(batch), task.size, 0.0, hparams.cutmix, task.device
+        )
         x, targets = augmentation.mix(x, targets, weights)
     return x, targets
 

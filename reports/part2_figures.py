@@ -47,9 +47,10 @@ def write_tables(data: Path) -> None:
             `workers` ran the same trials, and part2_factorial_factors.csv and
             part2_factorial.csv, which `estimate_effects` takes.
     """
-    trials, history, finalists, final, probe = (
+    names = ("trials", "history", "finalists", "final", "probe_trials")
+    trials, history, finalists, final, probe, factors, runs = (
         pd.read_csv(data / f"part2_{name}.csv")
-        for name in ("trials", "history", "finalists", "final", "probe_trials")
+        for name in (*names, "factorial_factors", "factorial")
     )
     shortest = int(trials.epochs[trials.state != "fail"].min())  # before, no trial was pruned
     derived = {
@@ -57,11 +58,8 @@ def write_tables(data: Path) -> None:
         "costs": summarize_costs(trials, finalists),
         "workers": compare_workers(probe),
         "final_summary": pd.DataFrame(tuning_report.summarize(rows_of(final))),
+        "factorial_effects": estimate_effects(factors, runs),
     }
-    factors, runs = (
-        pd.read_csv(data / f"part2_{n}.csv") for n in ("factorial_factors", "factorial")
-    )
-    derived["factorial_effects"] = estimate_effects(factors, runs)
     for name, table in derived.items():
         table.to_csv(data / f"part2_{name}.csv", index=False)
 

@@ -35,6 +35,12 @@ def digits_task(num_images: int = 300) -> part2.Task:
     return part2.make_task(load_images("digits", "train", num_images=num_images), False, CPU)
 
 
+def two_class_task(images: torch.Tensor) -> part2.Task:
+    """A task of uint8 images `[N, 3, S, S]`, whose classes take turns."""
+    labels = torch.arange(len(images)) % 2
+    return part2.make_task(ImageSet("x", "train", images, labels, ("a", "b")), True, CPU)
+
+
 # --- the network and its search space -------------------------------------------------------------
 
 
@@ -195,9 +201,7 @@ def test_cutmix_targets_follow_the_pixels():
 def test_colours_change_by_image_and_no_more_than_they_may():
     torch.manual_seed(0)
     images = torch.full((64, 3, 8, 8), 100, dtype=torch.uint8)
-    task = part2.make_task(
-        ImageSet("x", "train", images, torch.arange(64) % 2, ("a", "b")), True, CPU
-    )
+    task = two_class_task(images)
     padded = part2.augmentation.pad_for_crops(images, 1)
     hparams = replace(SMALL, cutmix=0.0, colour=0.3)
     x, _ = part2.augment(padded, torch.arange(64), torch.rand(64) < 0.5, task, hparams)
@@ -275,9 +279,7 @@ def test_images_are_shifted_by_a_share_of_their_side(size, shift, pixels, monkey
 
     monkeypatch.setattr(part2.augmentation, "pad_for_crops", pad)
     images = torch.zeros(4, 3, size, size, dtype=torch.uint8)
-    task = part2.make_task(
-        ImageSet("x", "train", images, torch.arange(4) % 2, ("a", "b")), True, CPU
-    )
+    task = two_class_task(images)
     hparams = replace(SMALL, shift=shift)
     network = part2.start_network(hparams, 2, CPU, 0)
     optimizers = part2.make_optimizers(network, hparams)
@@ -287,16 +289,14 @@ def test_images_are_shifted_by_a_share_of_their_side(size, shift, pixels, monkey
 
 def test_a_whitened_network_keeps_its_first_kernels_and_trains_the_rest():
     torch.manual_seed(0)
-    pixels = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
-    images = ImageSet("x", "train", pixels, torch.arange(64) % 2, ("a", "b"))
-    task = part2.make_task(images, True, CPU)
+    task = two_class_task(torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8))
     hparams = replace(SMALL, whiten=True, pool=True, cutmix=0.0)
     network = part2.start_network(hparams, 2, CPU, 0)
     before = {name: p.clone() for name, p in network.named_parameters()}
     list(part2.train(network, hparams, task, 2))
     after = dict(network.named_parameters())
     first = after["features.0.weight"]
-    x = preprocess(images.images, Preprocessing(task.size, task.mean, task.std))
+    x = preprocess(task.images.images, Preprocessing(task.size, task.mean, task.std))
     assert first.equal(part2.whitening_kernels(x, 16))
     assert not first.requires_grad
     assert all(not p.equal(before[name]) for name, p in after.items())
@@ -342,7 +342,7 @@ def test_replays_of_a_compiled_step_draw_new_crops_and_follow_the_mirrored_on_a_
 @pytest.mark.parametrize(("size", "smaller"), [(32, 24), (64, 48), (28, 16), (16, 8), (8, 8)])
 def test_small_images_keep_three_quarters_of_the_size(size, smaller):
     images = torch.full((2, 3, size, size), 200, dtype=torch.uint8)
-    task = part2.make_task(ImageSet("x", "train", images, torch.arange(2), ("a", "b")), True, CPU)
+    task = two_class_task(images)
     small = part2.shrink(task)
     assert small.images.images.equal(torch.full((2, 3, smaller, smaller), 200, dtype=torch.uint8))
     assert small.size == smaller
@@ -350,9 +350,7 @@ def test_small_images_keep_three_quarters_of_the_size(size, smaller):
 
 
 def test_the_first_steps_see_small_images(monkeypatch):
-    images = torch.zeros(40, 3, 32, 32, dtype=torch.uint8)
-    labels = torch.arange(40) % 2
-    task = part2.make_task(ImageSet("x", "train", images, labels, ("a", "b")), True, CPU)
+    task = two_class_task(torch.zeros(40, 3, 32, 32, dtype=torch.uint8))
     hparams = replace(SMALL, batch_size=8, small_share=0.5)
     sizes = []
 

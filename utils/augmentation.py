@@ -104,6 +104,12 @@ def change_colour(x: Tensor, factors: Tensor) -> Tensor:
     return torch.lerp(x.mean(1, keepdim=True), x, saturation)
 
 
+def random_colour(x: Tensor, change: float) -> Tensor:
+    """Change each image's brightness, contrast and saturation by random shares up to `change`."""
+    factors = uniform((3, len(x)), 1 - change, 1 + change, x.device)
+    return change_colour(x, factors)
+
+
 def random_boxes(area: Tensor, size: int) -> Tensor:
     """Shares of the area `[N]` -> `[N, 1, S, S]`, True in a random square that lies inside."""
     side = (area.sqrt() * size).round()

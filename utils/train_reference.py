@@ -139,8 +139,7 @@ def augment(
     maps = augmentation.random_affine(n, how.crop_area, how.rotation, how.flip, device)
     x = augmentation.warp(images.float().div_(255), maps, size)
     if how.colour:
-        factors = augmentation.uniform((3, n), 1 - how.colour, 1 + how.colour, device)
-        x = augmentation.change_colour(x, factors)
+        x = augmentation.random_colour(x, how.colour)
     mean, std = (augmentation.channels(values, device) for values in (MEAN, STD))
     x = augmentation.normalize(x.clamp_(0, 1), mean, std)
     weights = augmentation.mixing_weights(n, size, how.mixup, how.cutmix, device)
