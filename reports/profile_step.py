@@ -13,6 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +26,18 @@ from utils import cli, cost, data, results, timing
 from utils.training import memory_format, prepare_backend
 
 PROFILE_COLUMNS = (
-    *("gpu", "batch_size", "image_size", "group", "kernels", "ms", "share_percent"),
-    *("step_ms", "step_tflops"),
+    *("gpu", "configuration", "batch_size", "image_size"),
+    *("group", "kernels", "ms", "share_percent", "step_ms", "step_tflops"),
 )
 CONVOLUTION_COLUMNS = (
     *("gpu", "batch_size", "channels", "image_size", "gflop"),
     *("forward_ms", "input_gradient_ms", "weight_gradient_ms", "tflops"),
 )
-# (batch size, image size) of the default network's step
-STEPS = ((512, 32), (1024, 32), (512, 24), (512, 16))
+# (preset, batch size, image size) of a step
+STEPS = (
+    *(("default", 512, 32), ("default", 1024, 32), ("deep", 512, 32)),
+    *(("fast", 512, 32), ("fast", 512, 24), ("sprint", 1024, 32), ("sprint", 1024, 24)),
+)
 # (channels, image size) of 3x3 convolutions: widths that one may want to give each stage
 CONVOLUTIONS = (
     *((width, 32) for width in (32, 48, 64, 72, 96, 128)),
@@ -171,7 +175,7 @@ def replay_ms(call: Callable[[], Tensor], device: torch.device) -> float:
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Profile the default network's step and measure convolutions."""
+    """Profile the presets' steps and measure convolutions."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
@@ -188,15 +192,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         convolutions.append(about | measure_convolution(channels, size, batch, device))
         results.write_csv(folder / "convolutions.csv", convolutions, CONVOLUTION_COLUMNS)
     profile = []
-    for batch_size, size in ((8, 16),) if quick else STEPS:
-        hparams = part2.HParams(batch_size=batch_size)
+    for name, batch_size, size in (("default", 8, 16),) if quick else STEPS:
+        hparams = replace(part2.PRESETS[name], batch_size=batch_size)
         task = random_task(images, size, device)
         rows = profile_step(hparams, task, device.type == "cuda", calls)
-        profile += [about | row for row in rows]
+        profile += [about | {"configuration": name} | row for row in rows]
         results.write_csv(folder / "step_profile.csv", profile, PROFILE_COLUMNS)
     results.write_json(folder / "profile_environment.json", results.environment())
-    shown = {"batch_size": "d", "image_size": "d", "group": "s", "kernels": ".0f", "ms": ".3f"}
-    results.print_table(profile, shown | {"share_percent": ".1f", "step_ms": ".3f"})
+    shown = {"configuration": "s", "batch_size": "d", "image_size": "d", "group": "s"}
+    shown |= {"kernels": ".0f", "ms": ".3f", "share_percent": ".1f", "step_ms": ".3f"}
+    results.print_table(profile, shown)
     print(folder / "step_profile.csv")
     return 0
 

@@ -366,6 +366,29 @@ def test_the_first_steps_see_small_images(monkeypatch):
     assert sizes == [24] * 8 + [32] * 7
 
 
+@pytest.mark.parametrize(
+    ("averaging", "kept"),
+    [(0.0, 4.0), (0.01, 4.0), (0.5, 3.125), (1.0, 2.5)],  # of 1, 2, 3, 4
+)
+def test_the_average_of_the_last_weights_is_kept(averaging, kept, monkeypatch):
+    task = two_class_task(torch.zeros(16, 3, 8, 8, dtype=torch.uint8))
+    hparams = replace(SMALL, batch_size=8, averaging=averaging)
+    network = part2.start_network(hparams, 2, CPU, 0)
+    numbers = [t for t in network.state_dict().values() if t.is_floating_point()]
+    before = [t.clone() for t in numbers]
+
+    def step(batch: torch.Tensor) -> torch.Tensor:
+        for t in numbers:
+            t += 1
+        return torch.ones(())
+
+    monkeypatch.setattr(part2, "make_step", lambda *_: step)
+    for done in part2.train(network, hparams, task, 2):
+        change = kept if done.epoch == 2 else 2.0
+        for t, fresh in zip(numbers, before, strict=True):
+            torch.testing.assert_close(t, fresh + change)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_training_learns_digits_and_follows_its_seed(optimizer):
     task, hparams = (
