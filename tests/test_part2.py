@@ -629,7 +629,7 @@ def test_a_named_study_has_a_folder_of_its_own(tmp_path: Path):
     assert json.loads((tmp_path / "random" / "best_params.json").read_text())["study"] == "random"
 
 
-@pytest.mark.parametrize(("flags", "epochs"), [([], (145, 23)), (["--final-epochs", "2"], (2, 2))])
+@pytest.mark.parametrize(("flags", "epochs"), [([], (145, 21)), (["--final-epochs", "2"], (2, 2))])
 def test_a_preset_has_its_own_number_of_epochs(flags, epochs, tmp_path: Path, monkeypatch):
     asked: dict[str, int] = {}
 
