@@ -81,7 +81,7 @@ class HParams:
     label_smoothing: float = 0.1
     rate_beside_muon: float = 0.2  # usual peak rate of what Muon leaves to SGD, as in PEAK_RATES
     small_share: float = 0.0  # share of the steps, the first, that see smaller images: see shrink
-    averaging: float = 0.0  # keep the average of about this share of the steps, the last; 0: off
+    averaging: float = 0.0  # of the weights: the average's time constant, a share of the steps
 
 
 # Known to work with batches of 512; rates grow with the root of the batch, and learning_rate
@@ -361,8 +361,10 @@ def train(
     if hparams.small_share and (small := shrink(task)).size < task.size:
         step = make_step(network, optimizers, hparams, small, mirrored, compiled)
     steps = len(task.images) // hparams.batch_size
-    weights = [t for t in network.state_dict().values() if t.is_floating_point()]
-    averages = [t.clone() for t in weights]
+    if hparams.averaging:
+        weights = [t for t in network.state_dict().values() if t.is_floating_point()]
+        averages = [t.clone() for t in weights]
+        renewed = 1 / max(1.0, hparams.averaging * epochs * steps)
     setup_seconds, seconds = time.perf_counter() - clock, 0.0
     for epoch in range(epochs):
         clock = time.perf_counter()
@@ -380,9 +382,7 @@ def train(
                 step = whole_step
             losses += step(batch)
             if hparams.averaging:
-                # At first the plain mean: a short training would not forget the fresh weights.
-                window = max(1.0, hparams.averaging * epochs * steps)
-                torch._foreach_lerp_(averages, weights, 1 / min(i + 1, window))
+                torch._foreach_lerp_(averages, weights, renewed)
         if hparams.averaging and epoch == epochs - 1:
             torch._foreach_copy_(weights, averages)
         loss = float(losses) / steps  # waits for the device

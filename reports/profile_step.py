@@ -20,9 +20,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import part2_tune as part2
-from utils import cli, cost, data, results, timing
+from utils import cli, data, results, timing
 from utils.training import memory_format, prepare_backend
 
 PROFILE_COLUMNS = (
@@ -38,6 +39,7 @@ STEPS = (
     *(("default", 512, 32), ("default", 1024, 32), ("deep", 512, 32)),
     *(("fast", 512, 32), ("fast", 512, 24), ("sprint", 1024, 32), ("sprint", 1024, 24)),
 )
+QUICK_STEPS = (("default", 8, 16), ("sprint", 8, 16))
 # (channels, image size) of 3x3 convolutions: widths that one may want to give each stage
 CONVOLUTIONS = (
     *((width, 32) for width in (32, 48, 64, 72, 96, 128)),
@@ -109,8 +111,7 @@ def profile_step(
         "batch_size": hparams.batch_size,
         "image_size": task.size,
         "step_ms": step_ms,
-        # The backward pass computes two gradients for each product of the forward pass.
-        "step_tflops": 3 * hparams.batch_size * gflop_per_image(network, task) / step_ms,
+        "step_tflops": hparams.batch_size * training_gflop(network, task) / step_ms,
     }
     return [
         {"group": group, "kernels": kernels[group], "ms": spent}
@@ -120,12 +121,18 @@ def profile_step(
     ]
 
 
-def gflop_per_image(network: part2.SmallCNN, task: part2.Task) -> float:
-    """Billions of multiplications and additions of one forward pass."""
-    example = torch.zeros(1, 3, task.size, task.size, device=task.device)
-    network.eval()
-    with torch.no_grad():
-        return cost.count_cost(network, example).gflop
+def training_gflop(network: part2.SmallCNN, task: part2.Task) -> float:
+    """Billions of multiplications and additions that the network does to learn from one image.
+
+    The forward pass and the gradients that are needed: none for what is not trained, none of the
+    images.
+    """
+    example = torch.zeros(2, 3, task.size, task.size, device=task.device)
+    network.train()
+    with FlopCounterMode(display=False) as counter:
+        network(example).sum().backward()
+    network.zero_grad()
+    return counter.get_total_flops() / len(example) / 1e9
 
 
 def measure_convolution(
@@ -192,8 +199,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         convolutions.append(about | measure_convolution(channels, size, batch, device))
         results.write_csv(folder / "convolutions.csv", convolutions, CONVOLUTION_COLUMNS)
     profile = []
-    for name, batch_size, size in (("default", 8, 16),) if quick else STEPS:
-        hparams = replace(part2.PRESETS[name], batch_size=batch_size)
+    for name, batch_size, size in QUICK_STEPS if quick else STEPS:
+        preset = part2.PRESETS[name]
+        width = 8 if quick else preset.width
+        hparams = replace(preset, batch_size=batch_size, width=width)
         task = random_task(images, size, device)
         rows = profile_step(hparams, task, device.type == "cuda", calls)
         profile += [about | {"configuration": name} | row for row in rows]
