@@ -1,4 +1,4 @@
-"""What the command lines share: errors that a user can mend, argument types, exit codes.
+"""What the command lines share: argument types, errors that a user can mend, Ctrl-C, exit codes.
 
 Exit codes: 0 success, 1 a candidate failed unexpectedly, 2 a user's error (one line on stderr),
 130 Ctrl-C or SIGTERM.
@@ -6,21 +6,28 @@ Exit codes: 0 success, 1 a candidate failed unexpectedly, 2 a user's error (one 
 
 import argparse
 import difflib
+import errno
 import functools
 import math
 import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
+from utils import results
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+
+_interrupted = threading.Event()  # a SIGINT or SIGTERM has come since the command started
 
 
 class UserError(Exception):
@@ -74,17 +81,48 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def wrapper(argv: Sequence[str] | None = None) -> int:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        results.written.clear()
+        _interrupted.clear()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
         try:
-            return main(argv)
+            code = main(argv)
+            check_interrupt()
+            return code
         except UserError as error:
-            print("error: " + " ".join(str(error).split()), file=sys.stderr)
-            return EXIT_USER_ERROR
+            return _end(f"error: {' '.join(str(error).split())}", EXIT_USER_ERROR)
+        except OSError as error:
+            if not isinstance(error, results.OutputError) and error.errno != errno.ENAMETOOLONG:
+                raise
+            return _end(f"error: {error.filename}: {error.strerror}{_kept()}", EXIT_USER_ERROR)
         except KeyboardInterrupt:
-            print("interrupted: everything finished so far is kept", file=sys.stderr)
-            return EXIT_INTERRUPTED
+            return _end(f"interrupted{_kept()}", EXIT_INTERRUPTED)
 
     return wrapper
+
+
+def check_interrupt() -> None:
+    """Raise KeyboardInterrupt if a SIGINT or SIGTERM has come since the command started.
+
+    For loops that wait: a KeyboardInterrupt that the signal raised in a callback or a destructor
+    is printed or swallowed there.
+    """
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _kept() -> str:
+    return "; kept: " + ", ".join(map(str, results.written)) if results.written else ""
+
+
+def _end(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code
 
 
 def positive_int(text: str) -> int:

@@ -1,12 +1,16 @@
-"""What machine this is, and tables written so that a crash never leaves half a file."""
+"""Files that are whole or absent, the table at the end of a run, and what machine this is."""
 
+import contextlib
+import errno
+import itertools
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,29 +19,57 @@ from typing import Any
 import pandas as pd
 import torch
 
-from utils.files import replace_file
+Row = Mapping[str, Any]
 
-LIBRARIES = (
-    "torch",
-    "torchvision",
-    "torchao",
-    "timm",
-    "optuna",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "pycuda",
-    "cuda-bindings",
-    "numpy",
-)
+WIDTH = 100  # columns of a terminal that a printed table keeps to
+DASH = "\N{EN DASH}"
+LIBRARIES = ["torch", "torchvision", "torchao", "timm", "optuna", "greenlet", "numpy", "onnx"]
+LIBRARIES += ["onnxruntime", "onnxruntime-gpu", "openvino", "nncf", "pycuda", "cuda-bindings"]
+# Those that decide how fast int8 and bf16 are, on x86 and on ARM.
+INSTRUCTION_SETS = ["avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8"]
+INSTRUCTION_SETS += ["amx_bf16", "asimddp", "i8mm", "bf16", "sve"]
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
+
+written: list[Path] = []  # tables and JSON of this run, for the line that says what is kept
 
 
-def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """Write rows as CSV with exactly these columns: to a temporary name, then renamed.
+class OutputError(OSError):
+    """A file that cannot be written for a reason that the user can mend, such as a full disk."""
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to; it takes the place of `path` if nothing goes wrong.
+
+    Raises:
+        OutputError: the disk is full, the folder is read-only, or the name is too long.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    except OSError as error:
+        # A write to an open file names none. Another file's error is the caller's.
+        if error.errno in UNWRITABLE and error.filename in (None, str(temporary)):
+            raise OutputError(error.errno, error.strerror, str(path)) from error
+        raise
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write to a temporary name beside `path`, then rename; raises what `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
+    """Write rows as CSV with exactly these columns, whole or not at all.
 
     Raises:
         KeyError: a row has a column that the list does not.
+        OutputError: see `replacing`.
     """
     rows = list(rows)
     if unknown := {key for row in rows for key in row} - set(columns):
@@ -45,42 +77,89 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[s
     # dtype=object: an empty cell must not turn its column's whole numbers into floats.
     table = pd.DataFrame(rows, columns=list(columns), dtype=object)
     replace_file(path, table.to_csv(index=False).encode())
+    _note_written(path)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON: to a temporary name, then renamed."""
+def write_json(path: Path, content: Row) -> None:
+    """Write indented JSON, whole or not at all; raises what `replacing` does."""
     replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
+    _note_written(path)
 
 
-def print_table(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    """Print a compact table of chosen columns: {column: format spec such as `.2f`}."""
-    cells = [{name: _format(row.get(name), spec) for name, spec in columns.items()} for row in rows]
-    print(pd.DataFrame(cells, columns=list(columns)).to_string(index=False))
+def _note_written(path: Path) -> None:
+    if path not in written:
+        written.append(path)
 
 
-def _format(value: Any, spec: str) -> str:
-    return "" if value is None or value != value else format(value, spec)
+def print_table(rows: Iterable[Row], columns: Mapping[str, tuple[str, str]]) -> None:
+    """Print the rows that are ok as a table of at most WIDTH columns, and below it all reasons.
+
+    Args:
+        rows: those with a `status` other than ok appear below the table, with their `reason`.
+        columns: {column: (its header, its format)}, the row's name first and the dispensable last:
+            what does not fit is left out from the end, and a column without values always. A
+            format is a format spec such as `.2f`, or `ratio`, which adds the spread that the
+            columns `<column>_p10` and `<column>_p90` hold.
+    """
+    rows = list(rows)
+    ok = [row for row in rows if row.get("status", "ok") == "ok"]
+    columns_of_cells = [
+        [header, *(_cell(row, name, spec) for row in ok)]
+        for name, (header, spec) in columns.items()
+    ]
+    filled = [cells for cells in columns_of_cells if any(cells[1:])]
+    widths = [max(len(cell) for cell in cells) for cells in filled]
+    fitting = sum(end <= WIDTH + 1 for end in itertools.accumulate(width + 1 for width in widths))
+    for name, *others in zip(*filled[:fitting], strict=True):
+        padded = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=False)]
+        print(" ".join([name.ljust(widths[0]), *padded]))
+    if left_out := [cells[0] for cells in filled[fitting:]]:
+        print(f"not shown for lack of width: {', '.join(left_out)}")
+    for (status, reason), names in _reasons(rows, next(iter(columns))).items():
+        text = f"{status}: {', '.join(names)}: {reason}"
+        print(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
+
+
+def _cell(row: Row, column: str, spec: str) -> str:
+    value = row.get(column)
+    if value is None or value != value:
+        return ""
+    if spec == "ratio":
+        return f"{value:.2f} ({row[f'{column}_p10']:.1f}{DASH}{row[f'{column}_p90']:.1f})"
+    return format(value, spec)
+
+
+def _reasons(rows: Iterable[Row], name: str) -> dict[tuple[str, str], list[str]]:
+    """The names of the rows that share a status and a reason; of rows that are ok it is a note."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        status, reason = row.get("status", "ok"), row.get("reason") or ""
+        if status != "ok" or reason:
+            names = groups.setdefault(("note" if status == "ok" else status, reason), [])
+            names.extend({str(row[name])} - set(names))
+    return groups
 
 
 def environment(**extra: Any) -> dict[str, Any]:
     """CPU or GPU, driver, library versions, commit, command line and time."""
+    gpu = torch.cuda.is_available()
+    cpu_flags = (_cpu_info("flags") or _cpu_info("Features")).split()  # x86, ARM
+    root = str(Path(__file__).parent)
     return {
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _without_passwords(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
-        "commit": _output_of(
-            "git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"
-        ),
+        "commit": _output_of("git", "-C", root, "describe", "--always", "--dirty"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpu_name(),
-        "cpu_instruction_sets": _cpu_instruction_sets(),
+        "cpu": _cpu_info("model name") or platform.processor(),
+        "cpu_instruction_sets": " ".join(name for name in INSTRUCTION_SETS if name in cpu_flags),
         "cpu_cores": os.cpu_count(),
         "load_average_1min": round(os.getloadavg()[0], 2),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "gpu_driver": _gpu_query("driver_version"),
-        "gpu_max_sm_clock": _gpu_query("clocks.max.sm"),
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+        "gpu_driver": _gpu_query("driver_version") if gpu else None,
+        "gpu_max_sm_clock": _gpu_query("clocks.max.sm") if gpu else None,
+        "cuda": torch.version.cuda if gpu else None,
+        "libraries": _library_versions(),
         **extra,
     }
 
@@ -89,11 +168,17 @@ def _without_passwords(text: str) -> str:
     return re.sub(r"(://[^:@/\s]*):[^@/\s]*@", r"\1:***@", text)
 
 
-def _version(library: str) -> str | None:
-    try:
-        return version(library)
-    except PackageNotFoundError:
-        return None
+def _library_versions() -> dict[str, str]:
+    found = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):
+            found[library] = version(library)
+    with contextlib.suppress(ImportError):
+        import tensorrt  # its distribution is tensorrt-cu12 or -cu13, or not one of pip's
+
+        if hasattr(tensorrt, "Builder"):  # a folder of type stubs can be imported, too
+            found["tensorrt"] = tensorrt.__version__
+    return found
 
 
 def _output_of(*command: str) -> str | None:
@@ -105,20 +190,7 @@ def _output_of(*command: str) -> str | None:
 
 
 def _gpu_query(field: str) -> str | None:
-    if not torch.cuda.is_available():
-        return None
     return _output_of("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0")
-
-
-def _cpu_name() -> str:
-    return _cpu_info("model name") or platform.processor()
-
-
-def _cpu_instruction_sets() -> str:
-    """Those that decide how fast int8 and bf16 are; empty where /proc/cpuinfo is absent."""
-    flags = _cpu_info("flags").split()
-    wanted = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
-    return " ".join(name for name in wanted if name in flags)
 
 
 def _cpu_info(key: str) -> str:
