@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
@@ -57,11 +58,13 @@ class Worker:
         # runs nothing, so no CUDA context and no OpenMP thread is lost in the fork.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "timm", "pandas"])
+        self._waiting = threading.Lock()  # the exit code can be read but once
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs,))
         # Ctrl-C reaches the whole process group, and only the parent acts on it. A signal that is
         # blocked now stays blocked in the server and in its workers, from their first moment; the
-        # parent gets its own when it is unblocked.
+        # parent gets its own when it is unblocked. The tracker, once started, does not unblock it.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
@@ -85,10 +88,10 @@ class Worker:
             value, error = pickle.loads(self._pipe.recv_bytes())
         except (EOFError, OSError) as lost:
             cli.check_interrupt()
-            self._process.join()
-            if self._process.exitcode == -signal.SIGKILL:
+            code = self._wait()
+            if code == -signal.SIGKILL:
                 raise UnavailableError("its process was killed: not enough memory?") from lost
-            raise RuntimeError(f"its process ended with {self._process.exitcode}") from lost
+            raise RuntimeError(f"its process ended with {code}") from lost
         cli.check_interrupt()
         if error is not None:
             raise error
@@ -96,12 +99,18 @@ class Worker:
 
     def is_alive(self) -> bool:
         """Whether the process can still be asked."""
-        return self._process.is_alive()
+        return self._wait(0) is None
 
     def stop(self) -> None:
         """End the process at once, even in the middle of a compilation."""
         self._process.terminate()
-        self._process.join()
+        self._wait()
+
+    def _wait(self, seconds: float | None = None) -> int | None:
+        """The exit code; None if the process still runs after so many seconds."""
+        with self._waiting:
+            self._process.join(seconds)
+            return self._process.exitcode
 
     def __enter__(self) -> "Worker":
         return self
@@ -114,7 +123,7 @@ class Worker:
     ) -> None:
         self._pipe.close()  # an idle worker ends when nobody can ask any more
         if error is None:
-            self._process.join(SECONDS_TO_END)
+            self._wait(SECONDS_TO_END)
         self.stop()  # a busy one must not hold up Ctrl-C
 
 
