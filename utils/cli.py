@@ -155,6 +155,17 @@ def int_list(text: str) -> list[int]:
     return list(dict.fromkeys(positive_int(part.strip()) for part in text.split(",")))
 
 
+def float_list(text: str) -> tuple[float, ...]:
+    """Argument type: comma-separated finite numbers, in order, repeats kept."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = (math.nan,)
+    if not all(map(math.isfinite, values)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a comma-separated list of numbers")
+    return values
+
+
 def name_list(text: str) -> list[str]:
     """Argument type: comma-separated names, in order, without repeats."""
     names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
