@@ -1,41 +1,77 @@
-"""Candidates of one model, measured side by side: a row each with latency, logits and memory.
+"""Candidates of one model, measured side by side: the run that Parts 1 and 3 share.
 
 Every candidate is built in a worker process of its own and serves questions there: its logits, the
-time of k calls, its memory. The parent asks one at a time, so that none disturbs another.
+time of k calls, its memory. The parent asks one at a time, so that none disturbs another. A script
+adds what is its own to
+
+    benchmark.add_arguments(parser, …)
+    with benchmark.open_run(args) as run:
+        jobs = [benchmark.Job(…) for each candidate, the baseline first]
+        rows = benchmark.measure(run, jobs, "table.csv", COLUMNS)
+        return benchmark.finish(run, "table.csv", rows, SHOWN)
 """
 
+import argparse
 import contextlib
+import fcntl
+import functools
 import gc
+import io
+import itertools
+import math
 import os
 import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from utils import cli, data, evaluation, timing
-from utils.cost import Shape, count_cost, quantized_share
-from utils.isolation import (
+from utils import cli, data, evaluation, figures, results, timing
+from utils.models import (
+    LoadedModel,
+    ModelSource,
+    describe_preprocessing,
+    load_model,
+    run_name,
+    scored_logits,
+)
+from utils.workers import (
+    Outcome,
     UnavailableError,
     Worker,
+    attempt,
     peak_memory_mb,
     recorded,
     reset_peak_memory,
 )
-from utils.models import LoadedModel, load_model
 
 NEEDS_CAPABILITY = {"tf32": (8, 0), "fp8": (8, 9)}
+MAX_SLOWDOWN = 4.0  # a candidate this many times slower than the baseline is timed, not scored
 MEMORY_BATCHES = 3
 INPUT_BATCHES = 4  # timed inputs take turns, so that consecutive calls differ
+SCORED_AT_ONCE = 256  # images a question: the bar moves, and Ctrl-C is heard in between
+PRODUCT_SIDE, PRODUCT_SECONDS = 1024, 0.5  # of the square matrices that tell machines apart
+
+SHARE_COLUMNS = (
+    "quantized_layers",
+    "linear_layers",
+    "quantized_convolutions",
+    "convolutions",
+    "quantized_parameters_percent",
+    "quantized_macs_percent",
+)
 TRANSFER_COLUMNS = {  # column: which of LATENCY_COLUMNS it is, with host-device transfers
     "transfers_latency_ms_median": "latency_ms_median",
     "transfers_latency_ms_p90": "latency_ms_p90",
@@ -49,22 +85,27 @@ GRAPH_COLUMNS = {  # the same over a second baseline, the column `graph_baseline
     "speedup_over_graph_p90": "speedup_p90",
 }
 
+Row = dict[str, Any]
+Shape = tuple[int, ...]  # of a weight
+Predict = Callable[[np.ndarray], np.ndarray]  # uint8 images [N, 3, H, W] -> logits [N, C]
+Check = Callable[[Row, Predict], None]
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """What a worker process needs to know to build one candidate."""
+    """One candidate: how a worker process builds it, and what is known of it beforehand."""
 
     candidate: str
     build: "Build"
-    model: str
-    untrained: bool
-    batch_size: int
+    source: ModelSource
     device: str
-    threads: int
-    seed: int
-    folder: str  # for exported files, shared by the candidates of a run
-    load: Callable[[str, bool], LoadedModel] = load_model  # from `model` and `untrained`
     needs_module: bool = True  # on the device; a candidate that reads a file does not
+    missing: Outcome | None = None  # why it cannot start here
+    columns: Mapping[str, Any] = field(default_factory=dict)  # further columns of its rows
+    graph_baseline: str | None = None  # a candidate; the speedup over it goes into GRAPH_COLUMNS
+    batch_size: int = 1  # `measure` sets this and the next two
+    threads: int = 1
+    folder: Path = Path()  # for files that the candidates of a run share; it goes with the run
 
 
 @dataclass(frozen=True)
@@ -73,37 +114,372 @@ class Variant:
 
     call: Callable[[Tensor], Any]
     size_bytes: int
-    quantized_shapes: list[Shape]  # of the weight matrices that are held in 8 bits
+    quantized: Sequence[Shape] | None = None  # weights held in 8 bits; None: it does not quantise
     extra_build_seconds: float = 0.0  # spent earlier in the run, on a file that candidates share
     uploads: bool = False  # `call` also takes images in pinned host memory
     host_call: Callable[[Tensor], Any] | None = None  # instead of `round_trip`, if it has its own
     columns: Mapping[str, Any] = field(default_factory=dict)  # further columns of its row
-    onnx_path: Path | None = None  # its file, if ONNX Runtime runs it
 
 
 Build = Callable[[nn.Module, Tensor, Job], Variant]  # takes a float32 module, an example batch
-Predict = Callable[[np.ndarray], np.ndarray]  # uint8 images [N, 3, H, W] -> logits [N, C]
-Check = Callable[[dict[str, Any], Predict], None]
+
+
+# --- the command line, and what it chooses --------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser, output_dir: Path, sizes: list[int]) -> None:
+    """Add the arguments that Parts 1 and 3 share; `sizes` are the default batch sizes.
+
+    The script itself gives `--model` and `--dataset` their defaults.
+    """
+    add = parser.add_argument
+    add("--model", help="a name or a checkpoint of Part 2; see utils/models.py")
+    add("--checkpoint", type=Path, help="your own weights for --model timm/NAME")
+    add("--classes", type=Path, help="a file with the name of each output, one a line")
+    add("--mean", type=cli.float_list, help="of red, green, blue on the 0-1 scale; model's own")
+    add("--std", type=cli.float_list, help="standard deviations, likewise")
+    add("--input-size", type=cli.positive_int, help="side of the input, pixels; the model's own")
+    add("--interpolation", choices=("bicubic", "bilinear"), help="how images are resized; likewise")
+    add("--untrained", action="store_true", help="random weights: latency only, no accuracy")
+    add("--dataset", help=f"one of {', '.join(data.DATASETS)}")
+    add("--data-dir", type=Path, help="folder of the data set; data/<dataset> if not given")
+    add("--num-images", type=cli.positive_int, help="labelled images scored; all if not given")
+    add("--candidates", type=cli.name_list, help="comma-separated; all if not given")
+    add("--list", action="store_true", help="list the candidates and exit")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
+    add("--batch-sizes", type=cli.int_list, default=sizes, help="images a call, comma-separated")
+    threads = [torch.get_num_threads()]
+    add("--threads", type=cli.int_list, default=threads, help="CPU threads, comma-separated")
+    add("--rounds", type=cli.positive_int, default=15, help="interleaved rounds of timing")
+    add(
+        "--block-seconds",
+        type=cli.positive_float,
+        default=0.5,
+        help="length of the baseline's block in each round, in seconds; at most 1000 calls",
+    )
+    add(
+        "--memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure peak memory in a further process per candidate",
+    )
+    add("--seed", type=cli.seed, default=0, help="seed of subsets, weights and the order of turns")
+    add("--output-dir", type=Path, default=output_dir, help="each model has a folder in it")
+
+
+@dataclass
+class Run:
+    """What the command line chose, loaded; while it is open, its folder is its own."""
+
+    source: ModelSource
+    model: LoadedModel  # on the CPU
+    cost: "Cost"
+    dataset: str
+    load: Callable[..., data.ImageSet]  # `data.load_images` of this data set, for this model
+    labelled: data.ImageSet  # for accuracy
+    class_logits: list[int] | None  # which logit stands for each class; None: no accuracy
+    speed: data.ImageSet  # INPUT_BATCHES of the largest batch size, or fewer
+    device: str  # "cpu" or "cuda"
+    threads: list[int]
+    batch_sizes: list[int]  # the largest first: accuracy is measured there
+    rounds: int
+    block_seconds: float
+    memory: bool
+    folder: Path
+    environment: dict[str, Any]  # a script may add to it before its first table
+    started: bool = False  # whether what an earlier run left in the folder is gone
+
+    def write_table(self, name: str, rows: Iterable[Row], columns: Sequence[str]) -> Path:
+        """Write a CSV into the folder, the run's first in place of all files of an earlier run.
+
+        Files in sub-folders stay.
+        """
+        if not self.started:
+            for pattern in ("*.csv", "*.json", "*.png", "*.txt"):
+                for old in self.folder.glob(pattern):
+                    old.unlink()
+            results.write_json(self.folder / "environment.json", self.environment)
+            self.started = True
+        results.write_csv(self.folder / name, rows, columns)
+        return self.folder / name
+
+
+@contextlib.contextmanager
+def open_run(
+    args: argparse.Namespace, network: Callable[..., nn.Module] | None = None
+) -> Iterator[Run]:
+    """Check the shared arguments, load the model and the images, and hold the run's folder.
+
+    Args:
+        args: what `add_arguments` asked for.
+        network: builds a network of Part 2 from its card; must pickle.
+
+    Raises:
+        UserError: something in the arguments, or another run works in the folder.
+    """
+    device = cli.pick_device(args.device).type
+    cli.check_threads(args.threads)
+    cli.check_name(args.dataset, data.DATASETS, "data set")
+    source = ModelSource(
+        name=args.model,
+        checkpoint=args.checkpoint,
+        untrained=args.untrained,
+        classes_file=args.classes,
+        mean=args.mean,
+        std=args.std,
+        input_size=args.input_size,
+        interpolation=args.interpolation,
+        seed=args.seed,
+        network=network,
+    )
+    model = load_model(source)
+    load = functools.partial(
+        data.load_images,
+        args.dataset,
+        data_dir=args.data_dir,
+        image_size=model.preprocessing.input_size,
+        interpolation=model.preprocessing.interpolation,
+    )
+    split = data.ACCURACY_SPLIT[args.dataset]
+    labelled = load(split=split, num_images=args.num_images, seed=args.seed)
+    class_logits, classes = scored_logits(model, labelled)
+    batch_sizes = sorted(args.batch_sizes, reverse=True)
+    run = Run(
+        source=source,
+        model=model,
+        cost=count_cost(model),
+        dataset=args.dataset,
+        load=load,
+        labelled=labelled,
+        class_logits=class_logits,
+        speed=load_speed_images(load, args.dataset, batch_sizes[0], args.seed),
+        device=device,
+        threads=args.threads,
+        batch_sizes=batch_sizes,
+        rounds=args.rounds,
+        block_seconds=args.block_seconds,
+        memory=args.memory,
+        folder=cli.make_output_dir(args.output_dir / run_name(source)),
+        environment=results.environment(
+            model=args.model,
+            checkpoints=model.checkpoints,
+            preprocessing=asdict(model.preprocessing),
+            classes=classes,
+        ),
+    )
+    with hold_folder(run.folder):
+        introduce(run)
+        yield run
+
+
+def load_speed_images(
+    load: Callable[..., data.ImageSet], dataset: str, batch: int, seed: int
+) -> data.ImageSet:
+    """INPUT_BATCHES batches of the largest size, or fewer; every smaller one is cut from them."""
+    images = load(split=data.SPEED_SPLIT[dataset])
+    if batch > len(images):
+        raise cli.UserError(
+            f"batches of {batch}: {dataset} {images.split} has {len(images)} images; "
+            f"use smaller --batch-sizes"
+        )
+    batches = min(INPUT_BATCHES, len(images) // batch)
+    return data.take_subset(images, batches * batch, seed)
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of the folder; the lock goes with the process, however that ends."""
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = f"another run works in {folder}: wait for it, or take another --output-dir"
+            raise cli.UserError(message) from error
+        yield
+
+
+def introduce(run: Run) -> None:
+    """Say what is measured on what, and what this CPU can do at most, which is measured now."""
+    print(f"{run.source.name} on {run.device}: {len(run.labelled)} {run.labelled.split} images")
+    print(describe_preprocessing(run.model))
+    print(run.environment["classes"])
+    load, cores, threads = os.getloadavg()[0], os.cpu_count() or 1, max(run.threads)
+    if load + threads > cores + 0.5:
+        print(
+            f"note: the last minute's load average is {load:.1f} on {cores} cores; what shares "
+            f"them with the benchmark spoils its times"
+        )
+    if run.device == "cpu":
+        with Worker() as worker:
+            rates = worker.run(measure_products, threads)
+        run.environment["large_product_gops"] = rates
+        shown = ", ".join(f"{name} {rate:.0f}" for name, rate in rates.items())
+        print(f"a large matrix product with {threads} threads, billions of operations/s: {shown}")
+
+
+def measure_products(threads: int) -> dict[str, float]:
+    """In a worker: the highest rate of a large matrix product, in billions of operations/s."""
+    torch.set_num_threads(threads)
+    x = torch.rand(PRODUCT_SIDE, PRODUCT_SIDE)
+    whole = (100 * x).to(torch.int8)
+    rates = {}
+    for name, product, factor in (("fp32", torch.mm, x), ("int8", torch._int_mm, whole)):
+        seconds = math.inf
+        end = time.perf_counter() + PRODUCT_SECONDS
+        while (start := time.perf_counter()) < end:
+            product(factor, factor)
+            seconds = min(seconds, time.perf_counter() - start)
+        rates[name] = round(2 * PRODUCT_SIDE**3 / seconds / 1e9, 1)
+    return rates
+
+
+# --- what a model costs, and which share of it is quantised ---------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weight that is a factor of products, or of convolutions, with all its calls."""
+
+    shape: Shape  # sorted: formats differ in which side comes first
+    convolution: bool
+    multiply_adds: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Counts of one model for one image."""
+
+    parameters: int
+    multiply_adds: int  # of the whole model, attention products included
+    layers: tuple[Layer, ...]
+
+    @property
+    def gflop(self) -> float:
+        """Billions of operations; a multiply-add is two."""
+        return 2 * self.multiply_adds / 1e9
+
+
+class CountingMode(TorchDispatchMode):
+    """Counts multiply-adds, and apart those of each weight, whatever function it is passed to."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.multiply_adds = 0
+        self.calls: Counter[tuple[int, int, Shape, bool]] = Counter()
+        self._weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        operator = func.overloadpacket
+        if operator in flop_registry:
+            flop = flop_registry[operator](*args, **(kwargs or {}), out_val=output)
+            self.multiply_adds += flop // 2
+            for factor in args:
+                if not isinstance(factor, Tensor) or factor.ndim < 2:
+                    continue
+                pointer = factor.untyped_storage().data_ptr()
+                if pointer in self._weights:
+                    shape = tuple(sorted(factor.shape))
+                    is_convolution = operator is torch.ops.aten.convolution
+                    layer = (pointer, factor.storage_offset(), shape, is_convolution)
+                    self.calls[layer] += flop // 2
+        return output
+
+
+@torch.no_grad()
+def count_cost(model: LoadedModel) -> Cost:
+    """Run the model once, on a black image, and count."""
+    size = model.preprocessing.input_size
+    # Nothing can look into the CPU's fused attention; its plain form is two products.
+    with CountingMode(model.module) as mode, sdpa_kernel(SDPBackend.MATH):
+        model.module(torch.zeros(1, 3, size, size))
+    layers = [Layer(key[2], key[3], count) for key, count in mode.calls.items()]
+    parameters = sum(p.numel() for p in model.module.parameters())
+    return Cost(parameters, mode.multiply_adds, tuple(layers))
+
+
+def quantized_share(cost: Cost, shapes: Iterable[Shape]) -> Row:
+    """SHARE_COLUMNS: how much of the model lies in weights held in 8 bits.
+
+    Where only some of the layers of one shape are held so, the cheapest of them are counted: the
+    share of multiply-adds is then a lower bound.
+
+    Args:
+        shapes: of the weights that a candidate holds in 8 bits, in any order of their sides.
+    """
+    left = Counter(tuple(sorted(shape)) for shape in shapes)
+    found = []
+    for layer in sorted(cost.layers, key=lambda layer: layer.multiply_adds):
+        if left[layer.shape]:
+            left[layer.shape] -= 1
+            found.append(layer)
+    parameters = sum(math.prod(layer.shape) for layer in found)
+    multiply_adds = sum(layer.multiply_adds for layer in found)
+    return {
+        "quantized_layers": sum(not layer.convolution for layer in found),
+        "linear_layers": sum(not layer.convolution for layer in cost.layers),
+        "quantized_convolutions": sum(layer.convolution for layer in found),
+        "convolutions": sum(layer.convolution for layer in cost.layers),
+        "quantized_parameters_percent": 100 * parameters / cost.parameters,
+        "quantized_macs_percent": 100 * multiply_adds / cost.multiply_adds,
+    }
+
+
+def state_bytes(module: nn.Module) -> int:
+    """Bytes of the saved state dict."""
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    return buffer.getbuffer().nbytes
 
 
 # --- what a worker process does: it builds one candidate and serves it ----------------------------
 
-_served: dict[str, Any] = {}  # in a worker process only: its job, model and variant
+
+@dataclass
+class Served:
+    """A built candidate and what it is asked about; batches are on its device."""
+
+    job: Job
+    preprocessing: data.Preprocessing
+    variant: Variant
+    inputs: list[Tensor] = field(default_factory=list)
+    host_inputs: list[Tensor] = field(default_factory=list)
+    host_call: Callable[[Tensor], Any] | None = None
 
 
-def open_candidate(job: Job) -> dict[str, Any]:
+_served: Served  # in a worker process only
+
+
+def open_candidate(job: Job, cost: Cost) -> Row:
     """Build the candidate in this process; return the columns known once it is built."""
+    seconds = serve(job)
+    variant = _served.variant
+    row = {"size_mb": variant.size_bytes / 1e6, "build_seconds": seconds, **variant.columns}
+    if variant.quantized is None:
+        return row
+    share = quantized_share(cost, variant.quantized)
+    if not share["quantized_layers"] + share["quantized_convolutions"]:
+        raise UnavailableError("nothing to quantise: no layer of this model is held in 8 bits")
+    return row | share
+
+
+def serve(job: Job) -> float:
+    """Build the candidate and call it once; from now on it is `_served`. Returns the seconds."""
+    global _served
     prepare_process(job)
-    model = job.load(job.model, job.untrained)
+    model = load_model(job.source)
     size = model.preprocessing.input_size
-    cost = count_cost(model.module, torch.zeros(1, 3, size, size))
-    variant, seconds = build_variant(model, job)
-    return {
-        "size_mb": variant.size_bytes / 1e6,
-        "build_seconds": seconds,
-        **quantized_share(cost, variant.quantized_shapes),
-        **variant.columns,
-    }
+    example = torch.rand(job.batch_size, 3, size, size, device=job.device)
+    module = model.module.to(job.device) if job.needs_module else model.module
+    start = time.perf_counter()
+    variant = job.build(module, example, job)
+    variant.call(example)
+    timing.synchronize()
+    seconds = time.perf_counter() - start + variant.extra_build_seconds
+    _served = Served(job, model.preprocessing, variant)
+    return seconds
 
 
 def prepare_process(job: Job) -> None:
@@ -113,7 +489,7 @@ def prepare_process(job: Job) -> None:
     torch.set_num_threads(job.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.benchmark = True  # as ONNX Runtime and TensorRT, it tries its kernels
-    cli.seed_everything(job.seed)
+    cli.seed_everything(job.source.seed)
 
 
 def require_compiler(device: str) -> None:
@@ -131,42 +507,25 @@ def require_compiler(device: str) -> None:
         raise UnavailableError(f"torch.compile needs a {language} compiler (gcc) on this machine")
 
 
-def build_variant(model: LoadedModel, job: Job) -> tuple[Variant, float]:
-    """Build the candidate and call it once; return it and the seconds that took."""
-    size = model.preprocessing.input_size
-    example = torch.rand(job.batch_size, 3, size, size, device=job.device)
-    module = model.module.to(job.device) if job.needs_module else model.module
-    start = time.perf_counter()
-    variant = job.build(module, example, job)
-    variant.call(example)
-    timing.synchronize()
-    _served.update(job=job, preprocessing=model.preprocessing, variant=variant)
-    return variant, time.perf_counter() - start + variant.extra_build_seconds
-
-
 def predict_logits(images: np.ndarray) -> np.ndarray:
     """Logits `[N, C]` of uint8 images `[N, 3, H, W]`, in batches of the candidate's size."""
-    job, variant, how = _served["job"], _served["variant"], _served["preprocessing"]
-    tensor = torch.from_numpy(images)
-    return evaluation.predict(variant.call, tensor, how, job.batch_size, job.device).numpy()
+    job, tensor = _served.job, torch.from_numpy(images)
+    return evaluation.predict(
+        _served.variant.call, tensor, _served.preprocessing, job.batch_size, job.device
+    ).numpy()
 
 
 def load_inputs(images: np.ndarray) -> None:
     """Preprocess uint8 images `[K * B, 3, H, W]` into the K batches that will be timed."""
-    _served["inputs"] = split_inputs(images, _served["preprocessing"], _served["job"])
-
-
-def split_inputs(images: np.ndarray, how: data.Preprocessing, job: Job) -> list[Tensor]:
-    """Batches of the job's size, preprocessed, on its device."""
-    batches = torch.from_numpy(images).split(job.batch_size)
-    return [data.preprocess(batch, how, job.device) for batch in batches]
+    batches = torch.from_numpy(images).split(_served.job.batch_size)
+    how, device = _served.preprocessing, _served.job.device
+    _served.inputs = [data.preprocess(batch, how, device) for batch in batches]
 
 
 def load_host_inputs() -> None:
     """Copy the batches to pinned host memory, for timing with transfers."""
-    variant, inputs = _served["variant"], _served["inputs"]
-    _served["host_inputs"] = [batch.cpu().pin_memory() for batch in inputs]
-    _served["host_call"] = variant.host_call or round_trip(variant, inputs[0])
+    _served.host_inputs = [batch.cpu().pin_memory() for batch in _served.inputs]
+    _served.host_call = _served.variant.host_call or round_trip(_served.variant, _served.inputs[0])
 
 
 def round_trip(variant: Variant, example: Tensor) -> Callable[[Tensor], Tensor]:
@@ -187,26 +546,22 @@ def time_calls(calls: int) -> timing.Block:
     A CUDA graph and TensorRT begin with a copy of the images, on the device, into the buffer that
     they read; eager PyTorch and ONNX Runtime read them where they are.
     """
-    return timing.time_block(
-        _served["variant"].call, _served["inputs"], calls, _served["job"].device
-    )
+    return timing.time_block(_served.variant.call, _served.inputs, calls, _served.job.device)
 
 
 def time_host_calls(calls: int) -> timing.Block:
     """Time calls with the transfers: images start and logits end in pinned host memory."""
-    return timing.time_block(
-        _served["host_call"], _served["host_inputs"], calls, _served["job"].device
-    )
+    assert _served.host_call
+    return timing.time_block(_served.host_call, _served.host_inputs, calls, _served.job.device)
 
 
-def measure_memory(job: Job, images: np.ndarray) -> dict[str, float | None]:
+def measure_memory(job: Job, images: np.ndarray) -> Row:
     """Peak memory in MB of building the candidate, and then of running it.
 
     CPU: the resident set of the whole process, libraries included; what building left behind is
     handed back before the second figure. GPU: what PyTorch reserved.
     """
-    prepare_process(job)
-    build_variant(job.load(job.model, job.untrained), job)
+    serve(job)
     load_inputs(images)
     build_peak = peak_memory_mb(job.device)
     gc.collect()
@@ -232,38 +587,92 @@ def allow_tf32() -> None:
 # --- what the parent does -------------------------------------------------------------------------
 
 
-def measure_setting(
+def measure(
+    run: Run,
     jobs: Sequence[Job],
-    speed_images: Tensor,
-    accuracy_images: Tensor | None,
-    rounds: int,
-    block_seconds: float,
-    max_slowdown: float,
+    table: str,
+    columns: Sequence[str],
     check: Check | None = None,
-    second_baselines: Mapping[str, str] | None = None,
     transfers: bool = False,
-) -> tuple[dict[str, dict[str, Any]], dict[str, Tensor]]:
-    """Build all candidates for one batch size and thread count, then time them in rounds.
+) -> list[Row]:
+    """Measure all candidates at every thread count and batch size; write `table` after each.
 
     Args:
-        jobs: one a candidate, the baseline first; same batch size, threads and device.
-        speed_images: uint8 `[K * B, 3, H, W]`, the K batches that take turns.
-        accuracy_images: uint8 `[N, 3, H, W]`, or None if logits are not wanted.
-        rounds: how often each candidate has its turn.
-        block_seconds: length of the baseline's turn; the others get as many calls, and fewer
-            where that would take more than twice as long.
-        max_slowdown: a candidate this many times slower than the baseline is timed, but its
-            logits are not taken.
+        jobs: one a candidate, the baseline first, in the order of the rows.
+        table, columns: the CSV in the run's folder.
         check: called with each candidate's row and its `predict_logits` before it is timed; it
             adds columns to the row, or raises to keep the candidate out of the timing.
-        second_baselines: for each candidate another; the speedup over that goes into GRAPH_COLUMNS.
         transfers: time the candidates once more with host-device transfers, TRANSFER_COLUMNS.
 
     Returns:
-        A row for each candidate, and the logits `[N, C]` of those that were scored.
+        A row for each candidate, thread count and batch size.
 
     Raises:
         UserError, RuntimeError: the baseline did not run.
+    """
+    rows: list[Row] = []
+    scores: dict[str, Row] = {}
+    with tempfile.TemporaryDirectory() as shared:
+        for threads, batch_size in itertools.product(run.threads, run.batch_sizes):
+            print(f"batch size {batch_size}, {threads} threads")
+            chosen = [
+                replace(job, threads=threads, batch_size=batch_size, folder=Path(shared))
+                for job in jobs
+            ]
+            here = [job for job in chosen if job.missing is None]
+            images = run.speed.images[: len(run.speed) // run.batch_sizes[0] * batch_size]
+            found, logits = measure_setting(run, here, images, not scores, check, transfers)
+            scores = scores or score(run, logits)
+            block = [make_row(run, job, found, scores) for job in chosen]
+            rows += block
+            run.write_table(table, rows, columns)
+            if run.memory:
+                add_memory(block, here, images)
+                run.write_table(table, rows, columns)
+    return rows
+
+
+def make_row(run: Run, job: Job, found: Mapping[str, Row], scores: Mapping[str, Row]) -> Row:
+    """One row of the table; accuracies are measured once in a run and stand in all its rows."""
+    name = job.candidate
+    row: Row = {"model": run.source.name, "dataset": run.dataset, "device": run.device}
+    row |= {"candidate": name, "threads": job.threads, "batch_size": job.batch_size}
+    row |= job.columns
+    row |= found[name] if job.missing is None else job.missing.columns
+    if row["status"] == "ok" and name not in scores and not row.get("reason"):
+        row["reason"] = f"not scored at batch size {run.batch_sizes[0]}"
+    return row | scores[name] if row["status"] == "ok" and name in scores else row
+
+
+def score(run: Run, logits: Mapping[str, Tensor]) -> dict[str, Row]:
+    """The columns on accuracy of each candidate; the baseline's logits come first."""
+    baseline = next(iter(logits.values()))
+    rows: dict[str, Row] = {}
+    for name, output in logits.items():
+        labels, chosen = run.labelled.labels, run.class_logits
+        rows[name] = dict(evaluation.accuracy_row(output, baseline, labels, chosen))
+        rows[name]["accuracy_batch_size"] = run.batch_sizes[0]
+        if not run.model.num_classes:  # the largest of a network's features stands for nothing
+            rows[name]["agreement_percent"] = None
+    return rows
+
+
+def measure_setting(
+    run: Run,
+    jobs: Sequence[Job],
+    images: Tensor,
+    scored: bool,
+    check: Check | None,
+    transfers: bool,
+) -> tuple[dict[str, Row], dict[str, Tensor]]:
+    """Build all candidates for one batch size and thread count, then time them in rounds.
+
+    Args:
+        images: uint8 `[K * B, 3, H, W]`, the K batches that take turns.
+        scored: whether logits of the labelled images are wanted, too.
+
+    Returns:
+        A row for each candidate, and the logits `[N, C]` of those that were scored.
     """
     baseline, batch_size = jobs[0].candidate, jobs[0].batch_size
     load_before = os.getloadavg()[0]
@@ -271,38 +680,39 @@ def measure_setting(
         workers = {job.candidate: stack.enter_context(Worker()) for job in jobs}
         for worker in workers.values():  # they start side by side; none builds before all are idle
             worker.run(os.getpid)
-        rows, latency_ms, logits = build_all(
-            jobs, workers, speed_images, accuracy_images, max_slowdown, check
-        )
+        rows, latency_ms, logits = build_all(run, jobs, workers, images, scored, check)
+        # As many calls as fill the baseline's turn, fewer where that would take twice as long.
         calls = {
             name: min(
-                timing.calls_per_block(latency_ms[baseline], block_seconds),
-                timing.calls_per_block(latency, 2 * block_seconds),
+                timing.calls_per_block(latency_ms[baseline], run.block_seconds),
+                timing.calls_per_block(latency, 2 * run.block_seconds),
             )
             for name, latency in latency_ms.items()
         }
-        measure = partial(timing.measure_rounds, rounds=rounds, calls=calls, seed=jobs[0].seed)
-        turns = {name: partial(workers[name].run, time_calls) for name in calls}
-        blocks = measure(turns, guard=lambda name: recorded(rows[name]))
+        take_turns = functools.partial(
+            timing.measure_rounds, rounds=run.rounds, calls=calls, seed=run.source.seed
+        )
+        turns = {name: functools.partial(workers[name].run, time_calls) for name in calls}
+        blocks = take_turns(turns, guard=lambda name: recorded(rows[name]))
         check_baseline(rows[baseline], batch_size)
         load = {"load_average_before": load_before, "load_average_after": os.getloadavg()[0]}
         for name, latency_row in timing.summarise(blocks, baseline, batch_size).items():
             rows[name] |= latency_row | load
-        add_graph_speedups(rows, blocks, second_baselines or {}, batch_size)
+        add_graph_speedups(jobs, rows, blocks)
         if transfers:
             timed = {name: workers[name] for name in blocks}
-            add_transfers(rows, timed, measure, baseline, batch_size)
+            add_transfers(rows, timed, take_turns, baseline, batch_size)
     return rows, {name: output for name, output in logits.items() if rows[name]["status"] == "ok"}
 
 
 def build_all(
+    run: Run,
     jobs: Sequence[Job],
     workers: Mapping[str, Worker],
-    speed_images: Tensor,
-    accuracy_images: Tensor | None,
-    max_slowdown: float,
+    images: Tensor,
+    scored: bool,
     check: Check | None,
-) -> tuple[dict[str, dict[str, Any]], dict[str, float], dict[str, Tensor]]:
+) -> tuple[dict[str, Row], dict[str, float], dict[str, Tensor]]:
     """Build, check, warm up and score the candidates one after the other; see `measure_setting`.
 
     Returns:
@@ -310,94 +720,102 @@ def build_all(
         `[N, C]` of those that were scored.
     """
     baseline = jobs[0].candidate
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Row] = {}
     latency_ms: dict[str, float] = {}
     logits: dict[str, Tensor] = {}
     for job in jobs:
         name, worker = job.candidate, workers[job.candidate]
         row = rows[name] = {"candidate": name, "status": "ok"}
         with recorded(row):
-            row |= worker.run(open_candidate, job)
+            row |= worker.run(open_candidate, job, run.cost)
             if check is not None:
-                check(row, partial(worker.run, predict_logits))
-            worker.run(load_inputs, speed_images.numpy())
-            latency = timing.warm_up(partial(worker.run, time_calls))
+                check(row, functools.partial(worker.run, predict_logits))
+            worker.run(load_inputs, images.numpy())
+            latency = timing.warm_up(functools.partial(worker.run, time_calls))
             slowdown = latency / latency_ms.get(baseline, latency)
-            if accuracy_images is not None and slowdown > max_slowdown and name != baseline:
+            if scored and slowdown > MAX_SLOWDOWN:
                 add_reason(row, f"not scored: {slowdown:.0f} times slower than {baseline}")
-            elif accuracy_images is not None:
-                output = worker.run(predict_logits, accuracy_images.numpy())
-                logits[name] = torch.from_numpy(output)
+            elif scored:
+                tell = functools.partial(tell_duration, run, len(jobs)) if not logits else None
+                logits[name] = take_logits(run.labelled.images, job, worker, tell)
             latency_ms[name] = latency
-        print(f"  {name:24}{describe(row)}", flush=True)
+        how = f"built in {row['build_seconds']:.1f} s" if row["status"] == "ok" else row["status"]
+        print(f"  {name:24}{how}  {row.get('reason', '')}", flush=True)
         check_baseline(rows[baseline], job.batch_size)
         if name not in latency_ms:
             worker.stop()  # what it holds is memory that the others need
     return rows, latency_ms, logits
 
 
+def take_logits(
+    images: Tensor, job: Job, worker: Worker, tell: Callable[[float], None] | None
+) -> Tensor:
+    """Logits `[N, C]` of the images; `tell` hears, after a part of them, of the seconds for all."""
+    parts = images.split(job.batch_size * max(1, SCORED_AT_ONCE // job.batch_size))
+    logits: list[Tensor] = []
+    start = time.perf_counter()
+    for part in tqdm(parts, desc=f"scoring {job.candidate}", disable=None, leave=False):
+        logits.append(torch.from_numpy(worker.run(predict_logits, part.numpy())))
+        if tell is not None and len(logits) == 1:
+            tell(len(parts) * (time.perf_counter() - start))
+    return torch.cat(logits)
+
+
+def tell_duration(run: Run, candidates: int, scoring_seconds: float) -> None:
+    """Say how long the run takes if scoring takes every candidate as long as the baseline."""
+    settings = len(run.threads) * len(run.batch_sizes)
+    seconds = candidates * (scoring_seconds + settings * run.rounds * run.block_seconds)
+    duration = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+    print(f"  about {duration} to go, besides building", flush=True)
+
+
 def add_graph_speedups(
-    rows: dict[str, dict[str, Any]],
-    blocks: Mapping[str, Sequence[timing.Block]],
-    second_baselines: Mapping[str, str],
-    batch_size: int,
+    jobs: Sequence[Job], rows: Mapping[str, Row], blocks: Mapping[str, Sequence[timing.Block]]
 ) -> None:
-    """Fill GRAPH_COLUMNS; a second baseline that was not timed leaves them empty, with a note."""
-    for second in dict.fromkeys(second_baselines.values()):
-        served = [name for name in blocks if second_baselines.get(name) == second]
-        if second not in blocks:
-            if served:
-                reason = rows.get(second, {}).get("reason", "it was not chosen")
-                print(f"note: there is no speedup over {second}: {reason}")
+    """Fill GRAPH_COLUMNS; where the second baseline was not timed, they stay empty."""
+    for job in jobs:
+        name, second = job.candidate, job.graph_baseline
+        if second is None or name not in blocks:
             continue
-        chosen = {name: blocks[name] for name in (second, *served)}
-        summary = timing.summarise(chosen, second, batch_size)
-        for name in served:
-            rows[name]["graph_baseline"] = second
-            rows[name] |= {column: summary[name][like] for column, like in GRAPH_COLUMNS.items()}
+        if second not in blocks:
+            add_reason(rows[name], f"{second} was not timed")
+            continue
+        both = {second: blocks[second], name: blocks[name]}
+        summary = timing.summarise(both, second, job.batch_size)[name]
+        rows[name]["graph_baseline"] = second
+        rows[name] |= {column: summary[like] for column, like in GRAPH_COLUMNS.items()}
 
 
 def add_transfers(
-    rows: dict[str, dict[str, Any]],
+    rows: Mapping[str, Row],
     workers: Mapping[str, Worker],
-    measure: Callable[..., dict[str, list[timing.Block]]],
+    take_turns: Callable[..., dict[str, list[timing.Block]]],
     baseline: str,
     batch_size: int,
 ) -> None:
     """Time the candidates once more, with transfers; who fails only here keeps what it has."""
-    outcomes: dict[str, dict[str, Any]] = {name: {} for name in workers}
     turns: dict[str, timing.TimeBlock] = {}
+    outcomes: dict[str, Row] = {name: {} for name in workers}
     for name, worker in workers.items():
         with recorded(outcomes[name]):
             worker.run(load_host_inputs)
-            turns[name] = partial(worker.run, time_host_calls)
-    blocks = measure(turns, guard=lambda name: recorded(outcomes[name]))
+            turns[name] = functools.partial(worker.run, time_host_calls)
+    blocks = take_turns(turns, guard=lambda name: recorded(outcomes[name]))
     for name, outcome in outcomes.items():
         if outcome:
             add_reason(rows[name], f"transfers not measured: {outcome['reason']}")
     if baseline not in blocks:
-        print(f"note: there are no times with transfers: {outcomes[baseline]['reason']}")
         return
     for name, latency_row in timing.summarise(blocks, baseline, batch_size).items():
         rows[name] |= {column: latency_row[like] for column, like in TRANSFER_COLUMNS.items()}
 
 
-def note_load(threads: int) -> None:
-    """Say so if other programs seem to use the cores that `threads` threads will need."""
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load + threads > cores + 0.5:
-        print(
-            f"note: the last minute's load average is {load:.1f} on {cores} cores; what shares "
-            f"them with the benchmark spoils its times"
-        )
-
-
-def add_reason(row: dict[str, Any], text: str) -> None:
+def add_reason(row: Row, text: str) -> None:
     """Say something more of a candidate that ran."""
     row["reason"] = "; ".join(filter(None, [row.get("reason"), text]))
 
 
-def check_baseline(row: dict[str, Any], batch_size: int) -> None:
+def check_baseline(row: Row, batch_size: int) -> None:
     """Without its baseline a comparison means nothing: UserError, or RuntimeError if it failed."""
     message = f"{row['candidate']} did not run at batch size {batch_size}: {row.get('reason')}"
     if row["status"] == "unavailable":
@@ -406,42 +824,34 @@ def check_baseline(row: dict[str, Any], batch_size: int) -> None:
         raise RuntimeError(message)
 
 
-def describe(row: dict[str, Any]) -> str:
-    """One line on how building went."""
-    if row["status"] != "ok":
-        return f"{row['status']}: {row['reason']}"
-    return f"built in {row['build_seconds']:.1f} s {row.get('reason', '')}"
+def add_memory(rows: Sequence[Row], jobs: Sequence[Job], images: Tensor) -> None:
+    """Measure each candidate's memory in a fresh process, after all timing is done."""
+    job_of = {job.candidate: job for job in jobs}
+    for row in tqdm(rows, desc="memory", disable=None, leave=False):
+        job = job_of.get(row["candidate"])
+        if row["status"] != "ok" or job is None:
+            continue
+        if job.device == "cuda" and not job.needs_module:
+            continue  # what other libraries take there, PyTorch does not know
+        with Worker() as worker, tempfile.TemporaryDirectory() as folder:
+            alone = replace(job, folder=Path(folder))
+            outcome = attempt(worker.run, measure_memory, alone, images.numpy())
+        if outcome.ok:
+            row |= outcome.value
+        else:  # a measured candidate stays measured
+            add_reason(row, f"memory not measured: {outcome.reason}")
 
 
-def load_image_sets(
-    load: Callable[..., data.ImageSet], dataset: str, num_images: int | None, batch: int, seed: int
-) -> tuple[data.ImageSet, data.ImageSet]:
-    """The images for accuracy, and INPUT_BATCHES batches for speed (fewer if few images).
+def finish(run: Run, table: str, rows: Sequence[Row], shown: Mapping[str, tuple[str, str]]) -> int:
+    """Print the table, draw the picture, name the files; the exit code: 1 if a candidate failed.
 
     Args:
-        load: `data.load_images` of that data set.
-        batch: the largest of the run, which every smaller one is cut from.
+        shown: columns for `results.print_table`.
     """
-    accuracy = load(split=data.ACCURACY_SPLIT[dataset], num_images=num_images, seed=seed)
-    speed = load(split=data.SPEED_SPLIT[dataset])
-    if batch > len(speed):
-        raise cli.UserError(
-            f"batches of {batch}: {dataset} {speed.split} has {len(speed)} images; "
-            f"use smaller --batch-sizes"
-        )
-    batches = min(INPUT_BATCHES, len(speed) // batch)
-    return accuracy, data.take_subset(speed, batches * batch, seed)
-
-
-def add_memory(rows: Sequence[dict[str, Any]], jobs: Sequence[Job], images: Tensor) -> None:
-    """Measure each candidate's memory in a fresh process, after all timing is done."""
-    for row, job in zip(tqdm(rows, desc="memory", disable=None, leave=False), jobs, strict=True):
-        if row["status"] != "ok":
-            continue
-        outcome: dict[str, Any] = {}
-        with recorded(outcome), Worker() as worker, tempfile.TemporaryDirectory() as folder:
-            outcome |= worker.run(measure_memory, replace(job, folder=folder), images.numpy())
-        if "status" in outcome:  # a measured candidate stays measured
-            add_reason(row, f"memory not measured: {outcome['reason']}")
-        else:
-            row |= outcome
+    results.print_table(rows, shown)
+    picture = (run.folder / table).with_suffix(".png")
+    drawn = figures.draw_run(rows, picture, figures.machine_name(run.environment))
+    print(run.folder / table)
+    if drawn:
+        print(picture)
+    return int(any(row["status"] == "failed" for row in rows))
