@@ -1,10 +1,15 @@
 """The data sets on miniature folders: labels, subsets, the decoding cache, every user's error."""
 
 import contextlib
+import errno
+import hashlib
 import http.client
+import io
 import os
+import pickle
 import resource
 import shutil
+import tarfile
 import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torchvision.datasets import CIFAR100
 
 from utils import data
 from utils.cli import UserError
@@ -94,8 +100,6 @@ def test_image_folder_labels_and_pixels(image_folder: Path, dataset: str) -> Non
 
 
 def test_test_split_takes_its_classes_from_train(image_folder: Path) -> None:
-    (image_folder / "test/notes.txt").write_text("not a class")
-    (image_folder / "test/cat/notes.txt").write_text("not an image")
     images = load_images("folder", "test", image_folder)
     assert images.classes == ("ant", "cat", "dog")
     assert images.labels is not None
@@ -105,19 +109,6 @@ def test_test_split_takes_its_classes_from_train(image_folder: Path) -> None:
 def test_test_split_alone_is_enough(image_folder: Path) -> None:
     shutil.rmtree(image_folder / "train")
     assert load_images("folder", "test", image_folder).classes == ("ant", "cat", "dog")
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1"])
-def test_every_image_mode_becomes_rgb(image_folder: Path, mode: str) -> None:
-    path = image_folder / "train/ant/0.png"
-    grey = Image.new("RGB", (16, 16), (255, 255, 255)).convert(mode)
-    if mode == "CMYK":
-        path.unlink()
-        path = path.with_name("0.tif")
-    grey.save(path)
-    images = load_images("folder", "train", image_folder).images
-    assert images.shape == (9, 3, 16, 16)
-    assert (images[0] == 255).all()
 
 
 def test_file_name_that_is_not_utf8(image_folder: Path) -> None:
@@ -153,6 +144,261 @@ def test_image_sizes_are_cached_apart(image_folder: Path, cache_dir: Path) -> No
     assert sides == [8, 4]
     assert load_images("folder", "test", image_folder).images.shape[-1] == 16
     assert len(list(cache_dir.iterdir())) == 3
+
+
+@pytest.mark.parametrize("interpolation", data.INTERPOLATIONS)
+def test_folder_images_are_resized_with_the_interpolation_asked_for(
+    image_folder: Path, interpolation: str
+) -> None:
+    image = random_image(24, 24)
+    image.save(image_folder / "test/ant/0.png")
+
+    def load(how: str) -> Tensor:
+        return load_images("folder", "test", image_folder, 10, interpolation=how).images[0]
+
+    load("bilinear"), load("bicubic")  # each is in the cache
+    expected = np.array(image.resize((10, 10), Image.Resampling[interpolation.upper()]))
+    assert np.array_equal(load(interpolation).permute(1, 2, 0).numpy(), expected)
+
+
+def test_crop_and_size_are_said_once(
+    image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test", "test"):
+        load_images("folder", split, image_folder, image_size=8, interpolation="bilinear")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"note: {image_folder}: {data.FOLDER_CROP}, 8x8 pixels, bilinear"]
+
+
+def test_workers_leave_the_notes_to_their_parent(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("multiprocessing.parent_process", lambda: "a process")
+    load_images("folder", "test", image_folder, image_size=8)
+    assert capsys.readouterr().out == ""
+
+
+# --- photographs as people have them --------------------------------------------------------------
+
+RAMP = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)  # 257 * (0 to 255)
+GREY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def first_of_ant(folder: Path) -> np.ndarray:
+    """The first image of test/ant, `[H, W, 3]`; the others there are made to have its size."""
+    image = load_images("folder", "test", folder).images[0]
+    return image.permute(1, 2, 0).numpy()
+
+
+def put(folder: Path, name: str, image: Image.Image, **options: Any) -> Path:
+    """Save an image in the place of the first of test/ant."""
+    (folder / "test/ant/0.png").unlink()
+    path = folder / "test/ant" / name
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.tif", "0.pgm", "0.jp2"])
+def test_sixteen_bits_are_scaled_from_their_whole_range(image_folder: Path, name: str) -> None:
+    put(image_folder, name, Image.fromarray(RAMP))
+    assert np.array_equal(first_of_ant(image_folder)[:, :, 1], GREY)
+
+
+def test_sixteen_bits_of_the_other_byte_order(image_folder: Path) -> None:
+    big_endian = Image.frombytes("I;16B", (16, 16), RAMP.astype(">u2").tobytes())
+    put(image_folder, "0.tif", big_endian)
+    assert np.array_equal(first_of_ant(image_folder)[:, :, 0], GREY)
+
+
+def test_floats_from_0_to_1_are_scaled(image_folder: Path) -> None:
+    put(image_folder, "0.tif", Image.fromarray(RAMP.astype(np.float32) / 65535))
+    assert np.array_equal(first_of_ant(image_folder)[:, :, 2], GREY)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        GREY.astype(np.float32),
+        GREY.astype(np.float32) / 255 - 0.1,
+        np.full((16, 16), np.nan, np.float32),
+        RAMP.astype(np.int32) * 2,
+        RAMP.astype(np.int32) - 1,
+    ],
+)
+def test_values_of_unknown_range_are_refused_and_never_clipped(
+    image_folder: Path, values: np.ndarray
+) -> None:
+    path = put(image_folder, "0.tif", Image.fromarray(values))
+    text = error_of("folder", "test", image_folder)
+    assert text.startswith(f"{path} holds {values.dtype} values from {values.min()} to ")
+    assert "convert it" in text
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.tif", "0.webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(image_folder: Path, name: str, orientation: int) -> None:
+    flips = Image.Transpose
+    stored_as = {  # what brings an upright picture into each orientation
+        2: flips.FLIP_LEFT_RIGHT,
+        3: flips.ROTATE_180,
+        4: flips.FLIP_TOP_BOTTOM,
+        5: flips.TRANSPOSE,
+        6: flips.ROTATE_90,
+        7: flips.TRANSVERSE,
+        8: flips.ROTATE_270,
+    }
+    upright = random_image(16, 16)
+    stored = upright.transpose(stored_as[orientation]) if orientation > 1 else upright
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    put(image_folder, name, stored, exif=tags, lossless=True)
+    assert np.array_equal(first_of_ant(image_folder), np.array(upright))
+
+
+def test_portrait_stands_upright_before_it_is_cropped(image_folder: Path) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = 6
+    rows = np.repeat(np.arange(32, dtype=np.uint8) * 8, 16).reshape(32, 16)  # 32 rows of 16
+    stored = Image.fromarray(rows).transpose(Image.Transpose.ROTATE_90)
+    put(image_folder, "0.png", stored, exif=tags)
+    loaded = load_images("folder", "test", image_folder, image_size=16).images[0, 0]
+    assert loaded[:, 0].tolist() == [8 * row for row in range(8, 24)]
+
+
+def test_broken_exif_does_not_cost_the_photograph(image_folder: Path) -> None:
+    broken = b"Exif\0\0not a table of tags"
+    put(image_folder, "0.jpg", Image.new("L", (16, 16), 77), quality=100, exif=broken)
+    assert (first_of_ant(image_folder) == 77).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_transparency_lies_over_white(image_folder: Path, mode: str) -> None:
+    rgba = np.zeros((16, 16, 4), np.uint8)  # black: left opaque, right transparent
+    rgba[:, :8, 3] = 255
+    image = Image.fromarray(rgba)
+    if mode in ("P", "L"):  # the colour that the right half has is transparent
+        index = np.repeat([[0, 1]], 8, axis=1).repeat(16, axis=0).astype(np.uint8)
+        image = Image.fromarray(index).convert("L" if mode == "L" else "P")
+        put(image_folder, "0.png", image, transparency=1)
+    else:
+        put(image_folder, "0.png", image.convert(mode))
+    loaded = first_of_ant(image_folder).astype(int)
+    assert loaded[:, :8].max() <= 1
+    assert (loaded[:, 8:] == 255).all()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "RGB"])
+def test_every_other_mode_becomes_rgb(image_folder: Path, mode: str) -> None:
+    image = Image.new("RGB", (16, 16), "white")
+    image.paste("black", (0, 0, 8, 16))
+    name = "0.tif" if mode in ("CMYK", "YCbCr") else "0.png"
+    put(image_folder, name, image.convert(mode))
+    assert np.array_equal(first_of_ant(image_folder), np.array(image))
+
+
+def test_cmyk_jpeg_keeps_its_colours(image_folder: Path) -> None:
+    put(image_folder, "0.jpg", Image.new("CMYK", (16, 16), (0, 255, 255, 0)), quality=100)
+    assert np.abs(first_of_ant(image_folder).astype(int) - [255, 0, 0]).max() <= 2
+
+
+@pytest.mark.parametrize("name", ["0.gif", "0.webp", "0.png", "0.tif"])
+def test_first_frame_of_an_animation(image_folder: Path, name: str) -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "lime", "blue")]
+    options = {"lossless": True} if name == "0.webp" else {}
+    put(image_folder, name, frames[0], save_all=True, append_images=frames[1:], **options)
+    assert (first_of_ant(image_folder) == [255, 0, 0]).all()
+
+
+def test_what_file_managers_and_notebooks_leave_is_no_class_and_no_image(
+    image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = image_folder / "test/cat/0.png"
+    for split in ("train", "test"):
+        for name in (".ipynb_checkpoints", "__MACOSX", "__MACOSX/dog", "dog/.thumbnails"):
+            (image_folder / split / name).mkdir()
+            shutil.copy(picture, image_folder / split / name / "0.png")
+        shutil.copy(picture, image_folder / split / "dog/._0.png")
+        (image_folder / split / "dog/Thumbs.db").write_bytes(b"x")
+        (image_folder / split / ".DS_Store").write_bytes(b"x")
+    for split, counts in (("train", [2, 3, 4]), ("test", [2, 2, 2])):
+        images = load_images("folder", split, image_folder)
+        assert images.classes == ("ant", "cat", "dog")
+        assert data.labels_of(images).bincount().tolist() == counts
+    assert capsys.readouterr().out == ""
+
+
+def test_folder_that_itself_lies_in_a_hidden_one(image_folder: Path, tmp_path: Path) -> None:
+    hidden = tmp_path / ".pictures"
+    shutil.move(image_folder, hidden)
+    assert len(load_images("folder", "test", hidden)) == 6
+
+
+def test_all_that_pillow_opens_is_taken_and_the_rest_is_counted(
+    image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = image_folder / "test/cat"
+    colours = {"a.JPG": "JPEG", "b.jfif": "JPEG", "c.WEBP": "WEBP", "d.tga": "TGA", "e": "PNG"}
+    colours |= {"f.ppm": "PPM", "g.avif": "AVIF", "h.heic.png": "PNG", "i.dat": "BMP"}
+    for name, kind in colours.items():
+        Image.new("RGB", (16, 16), (60, 0, 7)).save(folder / name, kind)
+    for name in ("1.heic", "2.HEIC", "3.heic", "notes.txt", "Makefile"):
+        (folder / name).write_text("no image")
+    shutil.copy(folder / "0.png", image_folder / "test/beside_the_classes.png")
+    os.mkfifo(folder / "pipe.png")  # opening it would wait for a writer
+    images = load_images("folder", "test", image_folder)
+    assert data.labels_of(images).bincount().tolist() == [2, 2 + len(colours), 2]
+    assert capsys.readouterr().out == (
+        f"note: {image_folder / 'test'}: 7 files skipped: 3 .heic, 2 .png, "
+        "1 without ending, 1 .txt\n"
+    )
+
+
+def test_images_at_any_depth_belong_to_their_class(image_folder: Path) -> None:
+    (image_folder / "test/cat/2023/may").mkdir(parents=True)
+    (image_folder / "test/cat/0.png").rename(image_folder / "test/cat/2023/may/0.png")
+    shutil.copytree(image_folder / "test/cat/2023", image_folder / "test/dog/of_cats")
+    images = load_images("folder", "test", image_folder)
+    assert images.classes == ("ant", "cat", "dog")
+    assert data.labels_of(images).tolist() == [0, 0, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["val", "valid"])
+def test_validation_images_serve_where_there_are_no_test_images(
+    image_folder: Path, name: str
+) -> None:
+    shutil.copytree(image_folder / "test", image_folder / name)
+    shutil.rmtree(image_folder / name / "cat")
+    assert load_images("folder", "test", image_folder).split == "test"
+    shutil.rmtree(image_folder / name)
+    (image_folder / "test").rename(image_folder / name)
+    images = load_images("folder", "test", image_folder)
+    assert (images.split, len(images)) == (name, 6)
+
+
+@pytest.mark.parametrize("link", ["test/cat/dead.png", "test/cat/dead", "test/dead_class"])
+@pytest.mark.parametrize("target", ["nowhere.png", "itself"])
+def test_dead_link_is_named(image_folder: Path, link: str, target: str) -> None:
+    path = image_folder / link
+    path.symlink_to(path.name if target == "itself" else target)
+    assert error_of("folder", "test", image_folder).startswith(f"{path} is a dead link: ")
+
+
+def test_links_to_images_and_to_classes_are_followed(image_folder: Path, tmp_path: Path) -> None:
+    (image_folder / "test/cat").rename(tmp_path / "cats")
+    (image_folder / "test/cat").symlink_to(tmp_path / "cats")
+    (image_folder / "test/dog/2.png").symlink_to(tmp_path / "cats/0.png")
+    images = load_images("folder", "test", image_folder)
+    assert data.labels_of(images).tolist() == [0, 0, 1, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "0.png", "no_ending", "0.tga"])
+def test_damaged_image_is_refused_with_its_path(image_folder: Path, name: str) -> None:
+    kind = {"0.jpg": "JPEG", "0.tga": "TGA"}.get(name, "PNG")
+    path = put(image_folder, name, random_image(16, 16), format=kind)
+    path.write_bytes(path.read_bytes()[:200])
+    text = error_of("folder", "test", image_folder)
+    assert f"cannot decode the image {path}: " in text
+    assert "\n" not in text
 
 
 # --- digits ---------------------------------------------------------------------------------------
@@ -191,70 +437,96 @@ def test_digits_are_rgb_bytes_over_the_full_range() -> None:
 # --- CIFAR-100 from torchvision's archive ---------------------------------------------------------
 
 
-class StandInCifar:
-    """torchvision.datasets.CIFAR100 with five images."""
-
-    filename = CIFAR_ARCHIVE
-
-    def __init__(self, root: str, train: bool, download: bool) -> None:
-        assert Path(root).is_dir()
-        assert download
-        count = 5 if train else 3
-        shape = (count, 32, 32, 3)
-        self.data = np.arange(np.prod(shape)).astype(np.uint8).reshape(shape)
-        self.targets = list(range(count))
-        self.classes = ["apple", "aquarium_fish", "baby", "bear", "beaver"]
-
-
-@pytest.mark.parametrize(("split", "count"), [("train", 5), ("test", 3)])
-def test_cifar100_archive(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, count: int
-) -> None:
-    monkeypatch.setattr("torchvision.datasets.CIFAR100", StandInCifar)
-    images = load_images("cifar100", split, tmp_path / "new" / "cifar100")
-    source = StandInCifar(str(tmp_path), split == "train", True)
-    assert images.images.shape == (count, 3, 32, 32)
-    assert images.images.is_contiguous()
-    assert np.array_equal(images.images[2, 1].numpy(), source.data[2, :, :, 1])
-    assert images.labels is not None
-    assert images.labels.dtype == torch.int64
-    assert images.labels.tolist() == list(range(count))
-    assert images.classes == tuple(source.classes)
-
-
 @pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive of CIFAR-100's layout with five training and three test images, and no network.
+
+    Pixels count up from 0 in each split; torchvision's class is told the md5 of these files.
+    """
+    classes = ["apple", "aquarium_fish", "baby", "bear", "beaver"]
+    content: dict[str, dict[str, Any]] = {"meta": {"fine_label_names": classes}}
+    for split, count in (("train", 5), ("test", 3)):
+        pixels = np.arange(count * 3072).astype(np.uint8).reshape(count, 3072)
+        content[split] = {"data": pixels, "fine_labels": list(range(count))}
+    archive = tmp_path / "cifar100" / CIFAR_ARCHIVE
+    archive.parent.mkdir()
+    md5 = {}
+    with tarfile.open(archive, "w:gz") as bundle:
+        for name, values in content.items():
+            raw = pickle.dumps(values)
+            md5[name] = hashlib.md5(raw).hexdigest()
+            member = tarfile.TarInfo(f"cifar-100-python/{name}")
+            member.size = len(raw)
+            bundle.addfile(member, io.BytesIO(raw))
+    cifar = "torchvision.datasets.CIFAR100"
+    monkeypatch.setattr(f"{cifar}.tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(f"{cifar}.train_list", [["train", md5["train"]]])
+    monkeypatch.setattr(f"{cifar}.test_list", [["test", md5["test"]]])
+    monkeypatch.setattr(f"{cifar}.meta", CIFAR100.meta | {"md5": md5["meta"]})
+
     def urlopen(*_: Any, **__: Any) -> None:
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
+    return archive.parent
 
 
-@pytest.mark.usefixtures("offline")
-def test_cifar100_offline_names_archive_and_folder(tmp_path: Path) -> None:
-    text = error_of("cifar100", "test", tmp_path / "cifar100")
+@pytest.mark.parametrize(("split", "count"), [("train", 5), ("test", 3)])
+def test_cifar100_archive(small_cifar: Path, split: str, count: int) -> None:
+    images = load_images("cifar100", split, small_cifar)
+    pixels = torch.arange(count * 3072).to(torch.uint8).view(count, 3, 32, 32)
+    assert images.images.equal(pixels)
+    assert images.images.is_contiguous()
+    assert data.labels_of(images).dtype == torch.int64
+    assert data.labels_of(images).tolist() == list(range(count))
+    assert images.classes == ("apple", "aquarium_fish", "baby", "bear", "beaver")
+
+
+def test_unpacked_cifar100_may_be_read_only(small_cifar: Path) -> None:
+    load_images("cifar100", "test", small_cifar)
+    everything = [small_cifar, *small_cifar.rglob("*")]
+    before = [path.stat().st_mtime_ns for path in everything]  # root could write to it all the same
+    small_cifar.chmod(0o555)
+    assert len(load_images("cifar100", "train", small_cifar)) == 5
+    small_cifar.chmod(0o755)
+    assert [path.stat().st_mtime_ns for path in everything] == before
+
+
+def test_packed_cifar100_in_a_folder_that_cannot_be_written_to(
+    small_cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(small_cifar))
+
+    monkeypatch.setattr("tarfile.TarFile.extractall", refuse)
+    text = error_of("cifar100", "train", small_cifar)
+    assert "Read-only file system" in text
+    assert "name a folder that can be written to" in text
+    assert "damaged" not in text
+
+
+def test_cifar100_offline_names_archive_md5_and_folder(small_cifar: Path) -> None:
+    elsewhere = small_cifar.with_name("elsewhere")
+    text = error_of("cifar100", "test", elsewhere)
     assert "no network" in text
-    assert f"put a good {CIFAR_ARCHIVE} into {tmp_path / 'cifar100'}, or" in text
+    assert f"put {CIFAR_ARCHIVE} (md5 {CIFAR100.tgz_md5}) into {elsewhere}, or" in text
 
 
-@pytest.mark.usefixtures("offline")
-def test_cifar100_archive_with_a_wrong_md5_is_not_unpacked(tmp_path: Path) -> None:
-    import tarfile
-
-    (tmp_path / "meta").write_bytes(b"not CIFAR-100")
-    with tarfile.open(tmp_path / CIFAR_ARCHIVE, "w:gz") as archive:
-        archive.add(tmp_path / "meta", "cifar-100-python/meta")
-    text = error_of("cifar100", "train", tmp_path)
-    assert f"into {tmp_path} (the {CIFAR_ARCHIVE} there is damaged)" in text
-    assert not (tmp_path / "cifar-100-python").exists()
+def test_cifar100_archive_with_a_wrong_md5_is_not_unpacked(small_cifar: Path) -> None:
+    archive = small_cifar / CIFAR_ARCHIVE
+    archive.write_bytes(archive.read_bytes()[:-1] + b"x")
+    assert CIFAR100.tgz_md5 in error_of("cifar100", "train", small_cifar)
+    assert not (small_cifar / "cifar-100-python").exists()
 
 
-def test_cifar100_download_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cifar100_download_that_breaks_off(
+    small_cifar: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def urlopen(*_: Any, **__: Any) -> None:
         raise http.client.IncompleteRead(b"half")
 
     monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    assert CIFAR_ARCHIVE in error_of("cifar100", "test", tmp_path)
+    assert CIFAR_ARCHIVE in error_of("cifar100", "test", small_cifar.with_name("elsewhere"))
 
 
 # --- class-balanced subsets -----------------------------------------------------------------------
@@ -332,9 +604,9 @@ def test_a_small_subset_is_decoded_alone_and_is_the_same_one(
     decoded: list[Path] = []
     decode_one = data._decode_one
 
-    def note(path: Path, side: int | None) -> np.ndarray:
+    def note(path: Path, side: int | None, interpolation: str) -> np.ndarray:
         decoded.append(path)
-        return decode_one(path, side)
+        return decode_one(path, side, interpolation)
 
     monkeypatch.setattr(data, "_decode_one", note)
     alone = load()
@@ -386,20 +658,19 @@ def move_to_another_class(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("alter", [change, touch, add, remove, move_to_another_class])
-def test_altered_source_is_decoded_again_and_the_stale_file_dropped(
+def test_altered_source_is_decoded_again_into_the_same_file(
     image_folder: Path, cache_dir: Path, alter: Callable[[Path], None]
 ) -> None:
     load_images("folder", "train", image_folder)
     load_images("folder", "test", image_folder)
-    before = {path.name for path in cache_dir.iterdir()}
+    before = {path.name: path.stat().st_mtime_ns for path in cache_dir.iterdir()}
     alter(image_folder)
     loaded = load_images("folder", "train", image_folder)
-    after = {path.name for path in cache_dir.iterdir()}
-    assert len(after) == len(before) == 2  # one per split
-    assert {name for name in before & after if "-test-" in name}
-    assert not {name for name in before & after if "-train-" in name}
-    fresh = data._decode_all(sorted((image_folder / "train").glob("*/*.png")), None)
-    assert loaded.images.equal(fresh)
+    after = {path.name: path.stat().st_mtime_ns for path in cache_dir.iterdir()}
+    assert after.keys() == before.keys()
+    assert [name.split("-")[1] for name in after if after[name] != before[name]] == ["train"]
+    pixels = [np.array(Image.open(p)) for p in sorted((image_folder / "train").glob("*/*.png"))]
+    assert np.array_equal(loaded.images.permute(0, 2, 3, 1).numpy(), np.stack(pixels))
 
 
 def test_another_folder_keeps_its_cache_file(
@@ -427,21 +698,11 @@ def scribble(cache: Path) -> None:
     cache.write_bytes(b"\xff" * 500)
 
 
-def store_too_few(cache: Path) -> None:
-    save_file({"images": torch.zeros(3, 3, 16, 16, dtype=torch.uint8)}, cache)
+def store_without_sources(cache: Path) -> None:
+    save_file({name: tensor + 1 for name, tensor in load_file(cache).items()}, cache)
 
 
-def store_floats(cache: Path) -> None:
-    save_file({"images": torch.zeros(9, 3, 16, 16)}, cache)
-
-
-def store_another_name(cache: Path) -> None:
-    save_file({"pictures": torch.zeros(9, 3, 16, 16, dtype=torch.uint8)}, cache)
-
-
-@pytest.mark.parametrize(
-    "damage", [truncate, empty, scribble, store_too_few, store_floats, store_another_name]
-)
+@pytest.mark.parametrize("damage", [truncate, empty, scribble, store_without_sources])
 def test_damaged_cache_file_is_rebuilt(
     image_folder: Path,
     cache_dir: Path,
@@ -498,7 +759,7 @@ def test_cache_write_that_fails_leaves_no_file(
 def test_interrupted_cache_write_leaves_no_file(
     image_folder: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def save_half(tensors: dict[str, Tensor], path: Path) -> None:
+    def save_half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
@@ -572,26 +833,26 @@ def replace_image_by_text(folder: Path) -> str:
 def drop_annotations(folder: Path) -> str:
     path = folder / "val/val_annotations.txt"
     path.unlink()
-    return f"{path} is missing"
+    return f"No such file or directory: '{path}'"
 
 
 def drop_annotation_line(folder: Path) -> str:
     path = folder / "val/val_annotations.txt"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(line for line in lines if not line.startswith("val_3.")))
-    return f"{path}: no line for val_3.JPEG"
+    return f"{folder / 'val/images/val_3.JPEG'} has no class id"
 
 
 def write_unknown_wnid(folder: Path) -> str:
     path = folder / "val/val_annotations.txt"
     path.write_text(path.read_text().replace("val_3.JPEG\tn02124075", "val_3.JPEG\tn99999999"))
-    return f"{path}: n99999999 for val_3.JPEG"
+    return f"val_3.JPEG has n99999999, which is none of {folder / 'wnids.txt'}"
 
 
 def cut_annotation_line(folder: Path) -> str:
     path = folder / "val/val_annotations.txt"
-    path.write_text(path.read_text().replace("val_3.JPEG\tn02124075", "val_3.JPEG"))
-    return f"{path}: "
+    path.write_text(path.read_text().replace("val_3.JPEG\tn02124075\t", "val_3.JPEG"))
+    return f"{folder / 'val/images/val_3.JPEG'} has no class id"
 
 
 def drop_wnids(folder: Path) -> str:
@@ -601,13 +862,13 @@ def drop_wnids(folder: Path) -> str:
 
 def drop_val_images(folder: Path) -> str:
     shutil.rmtree(folder / "val/images")
-    return f"{folder / 'val/images'} is missing"
+    return f"{folder / 'val'} holds no images"
 
 
-def empty_val_images(folder: Path) -> str:
-    shutil.rmtree(folder / "val/images")
-    (folder / "val/images").mkdir()
-    return f"{folder / 'val/images'} holds no images"
+def drop_a_class(folder: Path) -> str:
+    for number in range(0, 12, 3):
+        (folder / f"val/images/val_{number}.JPEG").unlink()
+    return f"{folder / 'val'} holds no images of n02124075"
 
 
 def change_one_size(folder: Path) -> str:
@@ -627,7 +888,7 @@ def change_one_size(folder: Path) -> str:
         cut_annotation_line,
         drop_wnids,
         drop_val_images,
-        empty_val_images,
+        drop_a_class,
         change_one_size,
     ],
 )
@@ -646,7 +907,7 @@ def test_class_without_images(image_folder: Path, split: str) -> None:
     for path in (image_folder / split / "cat").iterdir():
         path.unlink()
     text = error_of("folder", split, image_folder)
-    assert text == f"{image_folder / split / 'cat'} holds no images"
+    assert text == f"{image_folder / split / 'cat'} is missing or holds no images"
 
 
 def test_class_missing_from_test(image_folder: Path) -> None:
@@ -691,12 +952,14 @@ def test_data_dir_that_is_missing(tmp_path: Path, dataset: str) -> None:
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("dataset", ["cifar100", "folder"])
-def test_tiny_imagenet_given_as_an_image_folder(
-    tiny_imagenet: Path, dataset: str, split: str
-) -> None:
-    assert str(tiny_imagenet / split) in error_of(dataset, split, tiny_imagenet)
+def test_tiny_imagenet_given_as_an_image_folder(tiny_imagenet: Path, dataset: str) -> None:
+    text = error_of(dataset, "test", tiny_imagenet)
+    assert (
+        text
+        == f"{tiny_imagenet / 'test/images'} has no counterpart under {tiny_imagenet / 'train'}"
+    )
+    assert load_images(dataset, "train", tiny_imagenet).classes == SORTED_WNIDS
 
 
 def test_image_folder_given_as_tiny_imagenet(image_folder: Path) -> None:
@@ -706,8 +969,9 @@ def test_image_folder_given_as_tiny_imagenet(image_folder: Path) -> None:
 
 def test_unknown_data_set(tmp_path: Path) -> None:
     text = error_of("imagenet", "test", tmp_path)
-    assert "unknown data set 'imagenet'" in text
-    assert all(name in text for name in data.DATASETS)
+    assert "unknown data set 'imagenet': did you mean tiny-imagenet" in text
+    text = error_of("folder", "test", tmp_path, interpolation="random")
+    assert "unknown interpolation 'random'" in text
 
 
 def test_held_out_images_are_stratified_disjoint_and_always_the_same():
@@ -722,3 +986,22 @@ def test_held_out_images_are_stratified_disjoint_and_always_the_same():
     assert torch.equal(data.labels_of(train), labels[train.images.flatten().long()])
     torch.manual_seed(99)
     assert torch.equal(data.hold_out(whole, 0.1)[1].images, held_out.images)
+
+
+def test_class_with_one_image_cannot_be_held_out(image_folder: Path) -> None:
+    (image_folder / "train/cat/1.png").unlink()
+    (image_folder / "train/cat/2.png").unlink()
+    train = load_images("folder", "train", image_folder)
+    with pytest.raises(UserError, match="folder train: class 'cat' has a single image"):
+        data.hold_out(train, 0.1)
+
+
+def test_channel_statistics_of_many_images_are_exact() -> None:
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 200, (4000, 3, 16, 16)))
+    pixels[:, 2] = 51
+    images = ImageSet("x", "train", pixels.to(torch.uint8), None, ())
+    mean, std = data.channel_statistics(images)
+    exact = pixels.double() / 255
+    assert mean == tuple(round(x, 4) for x in exact.mean((0, 2, 3)).tolist())
+    assert std[:2] == tuple(round(x, 4) for x in exact.std((0, 2, 3)).tolist()[:2])
+    assert std[2] == 0.01  # a constant channel must not be divided by 0
