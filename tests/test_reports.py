@@ -1,4 +1,4 @@
-"""Numbers that check themselves: every figure in the reports' tables is in the CSV they name.
+"""Numbers that check themselves: every one in the reports' tables is in the CSV they name.
 
 A table is introduced by a comment with its CSV and, if wanted, the rows that it shows:
 
@@ -18,11 +18,13 @@ import pandas as pd
 import pytest
 
 import part1_quantize
+import part2_tune
 import part3_tensorrt
-from utils import breakdown, onnx_graphs, roofline, tuning_report
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "reports").glob("*.md"))]
+REPORTS = sorted((ROOT / "reports").rglob("*.md"))  # with their notes
+DOCUMENTS = [ROOT / "README.md", *REPORTS]
+COLUMN_NOTES = ROOT / "reports/notes/columns.md"
 SOURCE = re.compile(r"<!-- (reports/data/\S+\.csv)((?: \w+=\S+)*) -->")
 MINUS = "\N{MINUS SIGN}"
 NUMBER = re.compile(rf"(?<![\w.])[-+{MINUS}]?\d[\d,]*(?:\.\d+)?(?![\w.]*\w)")
@@ -99,14 +101,16 @@ def missing_numbers(text: str, root: Path = ROOT) -> list[str]:
     return problems
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def name_of(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_every_number_of_a_table_is_in_its_csv(document: Path):
     assert missing_numbers(document.read_text()) == []
 
 
-@pytest.mark.parametrize(
-    "document", [d for d in DOCUMENTS if d.parent.name == "reports"], ids=lambda path: path.name
-)
+@pytest.mark.parametrize("document", [d for d in REPORTS if d != COLUMN_NOTES], ids=name_of)
 def test_every_table_with_numbers_in_a_report_names_its_csv(document: Path):
     text = document.read_text()
     named = {tuple(cells) for _, _, rows in tables_of(text) for cells in rows}
@@ -117,34 +121,32 @@ def test_every_table_with_numbers_in_a_report_names_its_csv(document: Path):
             assert tuple(cell.strip() for cell in line.strip("|").split("|")) in named
 
 
-def test_every_figure_of_a_report_is_committed():
-    for document in DOCUMENTS:
-        for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text()):
-            assert (document.parent / target).is_file(), f"{document.name}: {target}"
+def test_every_figure_is_committed_and_shown():
+    shown = {
+        (document.parent / target).resolve()
+        for document in DOCUMENTS
+        for target in re.findall(r"!\[[^]]*\]\(([^)]+)\)", document.read_text())
+    }
+    assert shown == set((ROOT / "reports/figures").rglob("*.png"))
 
 
 # What needs no explanation.
-PLAIN_COLUMNS = {
-    *("model", "dataset", "candidate", "precision", "device", "threads", "batch_size"),
-    *("study", "configuration", "trial", "seed", "epoch", "epochs", "parameters"),
-}
+PLAIN_COLUMNS = {"model", "dataset", "candidate", "device", "threads", "batch_size", "seed"}
+PLAIN_COLUMNS |= {"study", "configuration", "trial", "epochs", "parameters"}
 COLUMNS = {
     "quantization.csv": part1_quantize.COLUMNS,
-    "breakdown.csv": breakdown.BREAKDOWN_COLUMNS,
-    "trials.csv": tuning_report.TRIAL_COLUMNS,
-    "history.csv": tuning_report.HISTORY_COLUMNS,
-    "importances.csv": tuning_report.IMPORTANCE_COLUMNS,
-    "final.csv": tuning_report.FINAL_COLUMNS,
-    "final_history.csv": tuning_report.FINAL_HISTORY_COLUMNS,
-    "final_summary.csv": tuning_report.SUMMARY_COLUMNS,
-    "graphs.csv": onnx_graphs.GRAPH_FILE_COLUMNS,
-    "ceilings.csv": roofline.CEILING_COLUMNS,
+    "trials.csv": part2_tune.TRIAL_COLUMNS,
+    "finalists.csv": part2_tune.TRIAL_COLUMNS,
+    "final.csv": part2_tune.FINAL_COLUMNS,
+    "summary.csv": part2_tune.SUMMARY_COLUMNS,
+    "importances.csv": part2_tune.IMPORTANCE_COLUMNS,
+    "exports.csv": part3_tensorrt.EXPORT_COLUMNS,
     "tensorrt.csv": part3_tensorrt.COLUMNS,
 }
 
 
 def undocumented(columns: Iterable[str], text: str) -> list[str]:
-    """Columns that no table row of the README explains.
+    """Columns that no table row of the text explains.
 
     A row names a column in full, or a family of them: `latency_ms_median`, `_p90`.
     """
@@ -165,8 +167,9 @@ def undocumented(columns: Iterable[str], text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("file", COLUMNS)
-def test_readme_explains_every_column(file: str):
-    text = (ROOT / "README.md").read_text()
+def test_every_column_is_explained(file: str):
+    documents = [ROOT / "README.md", COLUMN_NOTES]
+    text = "\n".join(path.read_text() for path in documents if path.exists())
     assert f"`{file}`" in text or f"/{file}`" in text
     assert undocumented(COLUMNS[file], text) == []
 

@@ -59,7 +59,7 @@ def draw_run(rows: Rows, path: Path, machine: str) -> bool:
     last = table.sort_values("batch_size").drop_duplicates("candidate", keep="last")
     last = last.sort_values("speedup")
     names = list(last.candidate)
-    size = (2.5 + 3.3 * len(panels), 1.5 + 0.15 * len(names) * max(2, len(sizes)))
+    size = (3 + 3.3 * len(panels), 1.6 + len(names) * (0.12 + 0.1 * len(sizes)))
     where = f"{machine}, {table.threads.iloc[0]} threads; ms a call at batch size {sizes[-1]}"
     with _drawing(path, size, _finding(table), where, len(panels)) as all_axes:
         for axes, name in zip(all_axes, panels, strict=True):
@@ -70,9 +70,11 @@ def draw_run(rows: Rows, path: Path, machine: str) -> bool:
             name if x != x else f"{name}  {x:.3g} ms" for name, x in zip(names, ms, strict=True)
         ]
         all_axes[0].set_yticks(range(len(names)), labels)
+        all_axes[0].set_ylim(-0.6, len(names) - 0.4)
         for batch, marker in zip(sizes, MARKERS, strict=False):
             all_axes[0].plot([], [], marker, color="grey", label=f"batch size {batch}")
-        all_axes[0].figure.legend(loc="outside lower left", ncols=5, frameon=False)
+        columns = int(size[0] / 1.6)
+        all_axes[0].figure.legend(loc="outside lower left", ncols=columns, frameon=False)
     return True
 
 
@@ -173,9 +175,10 @@ def draw_final(rows: Rows, path: Path, machine: str) -> bool:
 def _drawing(
     path: Path, size: tuple[float, float], title: str, subtitle: str, panels: int = 1
 ) -> Iterator[Sequence[Any]]:
-    """Matplotlib's axes side by side in a figure of `size` inches, which is saved at the end."""
+    """Matplotlib's axes side by side in a figure of at least `size` inches; saved at the end."""
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
 
+    size = (max(size[0], 0.085 * len(title), 0.065 * len(subtitle)), size[1])
     figure = Figure(figsize=size, layout="constrained")
     all_axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     figure.suptitle(f"{title}\n", x=0.01, ha="left", fontsize=10, weight="bold")
@@ -188,29 +191,28 @@ def _drawing(
     results.replace_file(path, image.getvalue())
 
 
-def redraw(path: Path, output: Path) -> list[Path]:
-    """Draw the pictures of a CSV into a folder: one for each model of Part 1 or 3, one of Part 2.
+def redraw(path: Path, output: Path, name: str) -> list[Path]:
+    """Draw the picture of a CSV as `<output>/<name>.png`, of several models one for each.
 
     The columns tell what the CSV holds. None for tables of other things.
     """
     table = pd.read_csv(path)
-    pictures = {path.stem: table}
+    pictures = {name: table}
     if {"trial", "status", "held_out_top1_percent"} <= set(table):
         draw = draw_study
     elif {"configuration", "train_seconds", "top1_percent"} <= set(table):
         draw = draw_final
     elif {"candidate", "speedup"} <= set(table):
         draw = draw_run
-        models = table.groupby(table.model.str.replace("/", "-"), sort=False)
-        pictures = {f"{path.stem}_{model}": rows for model, rows in models}
+        if table.model.nunique() > 1:
+            models = table.groupby(table.model.str.replace("/", "-"), sort=False)
+            pictures = {f"{name}-{model}": rows for model, rows in models}
     else:
         return []
-    drawn = []
-    for name, rows in pictures.items():
-        picture = output / f"{name}.png"
-        if draw(_records(rows), picture, _machine_of(path, rows)):
-            drawn.append(picture)
-    return drawn
+    files = {output / f"{picture}.png": rows for picture, rows in pictures.items()}
+    return [
+        file for file, rows in files.items() if draw(_records(rows), file, _machine_of(path, rows))
+    ]
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -232,14 +234,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Draw the pictures of result files again."""
     parser = cli.Parser(__doc__)
     add = parser.add_argument
-    add("--input", type=Path, nargs="+", required=True, help="CSV files of runs, or their folders")
+    add("--input", type=Path, nargs="+", required=True, help="CSV files, or folders of results")
     add("--output", type=Path, required=True, help="folder for the pictures")
     args = parser.parse_args(argv)
-    if missing := [path for path in args.input if not path.exists()]:
-        raise cli.UserError(f"--input {missing[0]} does not exist")
-    files = [f for path in args.input for f in (sorted(path.rglob("*.csv")) or [path])]
     output = cli.make_output_dir(args.output, "--output")
-    drawn = [picture for path in files for picture in redraw(path, output)]
+    drawn = []
+    for path in args.input:
+        if not path.exists():
+            raise cli.UserError(f"--input {path} does not exist")
+        folder, files = (path, path.rglob("*.csv")) if path.is_dir() else (path.parent, [path])
+        for file in sorted(files):
+            drawn += redraw(file, output, "-".join(file.relative_to(folder).with_suffix("").parts))
     if not drawn:
         raise cli.UserError("--input holds no CSV of a run with anything to draw")
     print("\n".join(map(str, drawn)))
