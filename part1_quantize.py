@@ -10,59 +10,74 @@ the data set's test images, accuracy on its labelled held-out images, all candid
     python part1_quantize.py --list                 # the candidates
 """
 
+from utils import cli  # isort: skip  # first: it says in one line if this Python is too old
+
 import argparse
-import functools
+import contextlib
+import io
 import itertools
+import math
 import os
+import platform
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import cli, data, evaluation, results, timing
+from utils import benchmark, data, evaluation, timing
 from utils.benchmark import (
     Build,
     Job,
     Variant,
-    add_memory,
     allow_tf32,
     check_capability,
-    load_image_sets,
-    measure_setting,
-    note_load,
     require_compiler,
+    state_bytes,
 )
-from utils.breakdown import BREAKDOWN_COLUMNS, break_down
-from utils.cost import state_bytes
-from utils.isolation import UnavailableError
-from utils.models import load_model, scored_logits
-from utils.onnx_tools import export_onnx, onnx_bytes, onnx_int8_shapes, onnx_session
+from utils.onnx_tools import EXPORT, onnx_bytes, onnx_int8_shapes, onnx_session, save_program
+from utils.workers import Outcome, UnavailableError, Worker, attempt
 
 COLUMNS = (
-    *("model", "dataset", "candidate", "device", "threads", "batch_size", "status", "reason"),
+    "model",
+    "dataset",
+    "candidate",
+    "device",
+    "threads",
+    "batch_size",
+    "status",
+    "reason",
     *timing.LATENCY_COLUMNS,
     *evaluation.ACCURACY_COLUMNS,
-    *("accuracy_batch_size", "size_mb", "peak_memory_mb", "build_peak_memory_mb", "build_seconds"),
-    *("quantized_layers", "linear_layers"),
-    *("quantized_parameters_percent", "quantized_macs_percent"),
-    *("load_average_before", "load_average_after"),
+    "accuracy_batch_size",
+    "size_mb",
+    "peak_memory_mb",
+    "build_peak_memory_mb",
+    "build_seconds",
+    *benchmark.SHARE_COLUMNS,
+    "calibration_images",
+    "load_average_before",
+    "load_average_after",
 )
 SHOWN = {
-    "candidate": "s",
-    "batch_size": "d",
-    "threads": "d",
-    "latency_ms_median": ".2f",
-    "speedup": ".2f",
-    "top1_percent": ".2f",
-    "top1_difference_points": "+.2f",
-    "logit_cosine": ".4f",
-    "size_mb": ".1f",
-    "peak_memory_mb": ".0f",
-    "status": "s",
+    "candidate": ("candidate", "s"),
+    "batch_size": ("batch", "d"),
+    "threads": ("threads", "d"),
+    "latency_ms_median": ("ms", ".2f"),
+    "speedup": ("speedup", "ratio"),
+    "top1_percent": ("top-1", ".2f"),
+    "top1_difference_points": ("change", "+.2f"),
+    "logit_cosine": ("cosine", ".4f"),
+    "quantized_macs_percent": ("8-bit %", ".0f"),
+    "size_mb": ("MB", ".1f"),
+    "peak_memory_mb": ("peak MB", ".0f"),
 }
 QUICK = {
     "model": "vit_digits",
@@ -73,6 +88,17 @@ QUICK = {
     "rounds": 7,
     "block_seconds": 0.1,
 }
+CALIBRATION_IMAGES = 256  # training images that set the ranges of openvino-int8-static
+PROFILED_CALLS = 5
+TABLE = "quantization.csv"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibratedJob(Job):
+    """A job with training images, uint8 `[N, 3, H, W]`."""
+
+    images: np.ndarray
+    preprocessing: data.Preprocessing
 
 
 # --- the candidates: each takes (module, example batch, job) and returns a Variant ----------------
@@ -80,12 +106,12 @@ QUICK = {
 
 def build_fp32(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Float32, TF32 off, eager: the baseline."""
-    return Variant(module, state_bytes(module), [])
+    return Variant(module, state_bytes(module))
 
 
 def build_fp32_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Float32 by torch.compile."""
-    return Variant(compile_frozen(module, example), state_bytes(module), [])
+    return Variant(compile_frozen(module, example), state_bytes(module))
 
 
 def build_tf32(module: nn.Module, example: Tensor, job: Job) -> Variant:
@@ -103,14 +129,14 @@ def build_tf32_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
 def build_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """bfloat16 weights and activations, eager."""
     module = module.bfloat16()
-    return Variant(lambda x: module(x.bfloat16()), state_bytes(module), [])
+    return Variant(lambda x: module(x.bfloat16()), state_bytes(module))
 
 
 def build_bf16_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """bfloat16 by torch.compile."""
     module = module.bfloat16()
     call = compile_frozen(lambda x: module(x.bfloat16()), example)
-    return Variant(call, state_bytes(module), [])
+    return Variant(call, state_bytes(module))
 
 
 def build_int8_eager(module: nn.Module, example: Tensor, job: Job) -> Variant:
@@ -120,12 +146,16 @@ def build_int8_eager(module: nn.Module, example: Tensor, job: Job) -> Variant:
         from torch.ao.quantization import quantize_dynamic
     except ImportError as error:
         raise UnavailableError(f"removed from this PyTorch: {error}") from error
-    if "x86" not in torch.backends.quantized.supported_engines:
-        raise UnavailableError("this PyTorch has no x86 quantised engine")
-    torch.backends.quantized.engine = "x86"  # before quantising: weights are packed for an engine
-    quantized = quantize_dynamic(module, {nn.Linear}, dtype=torch.qint8)
-    layers = [m for m in quantized.modules() if isinstance(m, QuantizedLinear)]
-    shapes = [(m.out_features, m.in_features) for m in layers]
+    supported = torch.backends.quantized.supported_engines
+    engine = next((name for name in ("x86", "qnnpack") if name in supported), None)
+    if engine is None:
+        raise UnavailableError("this PyTorch has no engine for quantised layers on this CPU")
+    torch.backends.quantized.engine = engine  # before quantising: weights are packed for an engine
+    layers = linear_layers(module, example)
+    make_plain(module, layers)
+    quantized = quantize_dynamic(module, layers, dtype=torch.qint8)
+    found = [m for m in quantized.modules() if isinstance(m, QuantizedLinear)]
+    shapes = [(m.out_features, m.in_features) for m in found]
     return Variant(quantized, state_bytes(quantized), shapes)
 
 
@@ -150,7 +180,7 @@ def build_fp8_torchao_bf16(module: nn.Module, example: Tensor, job: Job) -> Vari
 
 
 def build_int8_pt2e(module: nn.Module, example: Tensor, job: Job) -> Variant:
-    """Dynamic int8 by torchao's PT2E with the x86 Inductor quantizer, compiled."""
+    """Dynamic int8 of linear layers by torchao's PT2E, x86 Inductor quantizer, compiled."""
     return quantize_pt2e(module, example, bf16=False)
 
 
@@ -165,31 +195,73 @@ def build_int8_pt2e_bf16(module: nn.Module, example: Tensor, job: Job) -> Varian
 
 def build_onnx_fp32(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """ONNX Runtime, float32."""
-    path, seconds = export_onnx(module, example, Path(job.folder))
+    path, seconds = export_onnx(module, example, job.folder)
     call = onnx_session(path, job.threads)
-    return Variant(call, onnx_bytes(path), [], seconds, onnx_path=path)
+    return Variant(call, onnx_bytes(path), extra_build_seconds=seconds)
 
 
 def build_onnx_int8(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """ONNX Runtime, dynamic int8 of MatMul and Gemm, per channel."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
-    from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    path, seconds = export_onnx(module, example, Path(job.folder))
-    prepared, quantized = (path.with_stem(f"{stem}-{os.getpid()}") for stem in ("pre", "int8"))
-    quant_pre_process(path, prepared)  # without it shape inference fails on the exporter's graph
+    path, seconds = export_onnx(module, example, job.folder)
+    model = onnx.load(path)
+    del model.graph.value_info[:]  # shapes that quantising contradicts, as it turns Gemm to MatMul
+    quantized = job.folder / f"int8-{os.getpid()}.onnx"
     quantize_dynamic(
-        prepared,
+        model,
         quantized,
         op_types_to_quantize=["MatMul", "Gemm"],
         per_channel=True,
-        reduce_range=not torch.cpu._is_vnni_supported(),
+        reduce_range=needs_7_bits(),
         weight_type=QuantType.QInt8,
         extra_options={"MatMulConstBOnly": True},
     )
-    shapes = onnx_int8_shapes(quantized)
     call = onnx_session(quantized, job.threads)
-    return Variant(call, onnx_bytes(quantized), shapes, seconds, onnx_path=quantized)
+    return Variant(call, onnx_bytes(quantized), onnx_int8_shapes(quantized), seconds)
+
+
+def build_openvino_fp32(module: nn.Module, example: Tensor, job: Job) -> Variant:
+    """OpenVINO, float32."""
+    model, seconds = read_openvino(module, example, job)
+    return run_openvino(model, example, job, "f32", seconds)
+
+
+def build_openvino_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant:
+    """OpenVINO, bfloat16 where it has kernels for it."""
+    model, seconds = read_openvino(module, example, job)
+    return run_openvino(model, example, job, "bf16", seconds)
+
+
+def build_openvino_int8(module: nn.Module, example: Tensor, job: Job) -> Variant:
+    """OpenVINO, dynamic int8 of linear layers, in groups of 32 channels; weights by NNCF."""
+    model, seconds = read_openvino(module, example, job)
+    _, nncf = import_openvino()
+    convolutions = nncf.IgnoredScope(types=["Convolution", "GroupConvolution"], validate=False)
+    mode = nncf.CompressWeightsMode.INT8_ASYM
+    with contextlib.redirect_stdout(io.StringIO()):  # its bars
+        model = nncf.compress_weights(model, mode=mode, ignored_scope=convolutions)
+    variant = run_openvino(model, example, job, "f32", seconds, group_size=32)
+    return replace(variant, quantized=openvino_int8_shapes(model))
+
+
+def build_openvino_int8_static(module: nn.Module, example: Tensor, job: Any) -> Variant:
+    """OpenVINO, static int8 by NNCF, calibrated: what dynamic quantisation leaves on the table."""
+    model, seconds = read_openvino(module, example, job)
+    _, nncf = import_openvino()
+    images = torch.from_numpy(job.images).split(1)
+    calibration = nncf.Dataset(images, lambda x: data.preprocess(x, job.preprocessing).numpy())
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = nncf.quantize(
+            model,
+            calibration,
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(images),
+        )
+    variant = run_openvino(model, example, job, "f32", seconds)
+    calibrated = {"calibration_images": len(images)}
+    return replace(variant, quantized=openvino_int8_shapes(model), columns=calibrated)
 
 
 CANDIDATES: dict[str, tuple[Build, str]] = {  # name: how to build it, and where it runs
@@ -207,12 +279,51 @@ CANDIDATES: dict[str, tuple[Build, str]] = {  # name: how to build it, and where
     "fp8-torchao-bf16": (build_fp8_torchao_bf16, "cuda"),
     "onnx-fp32": (build_onnx_fp32, "cpu"),
     "onnx-int8": (build_onnx_int8, "cpu"),
+    "openvino-fp32": (build_openvino_fp32, "cpu"),
+    "openvino-bf16": (build_openvino_bf16, "cpu"),
+    "openvino-int8": (build_openvino_int8, "cpu"),
+    "openvino-int8-static": (build_openvino_int8_static, "cpu"),
 }
 BASELINE = "fp32"
 INT8_ROWS_ON_GPU = 16  # torch._int_mm wants more
 
 
 # --- how the routes work --------------------------------------------------------------------------
+
+
+def linear_layers(module: nn.Module, example: Tensor) -> set[str]:
+    """Names of the linear layers that run as modules.
+
+    Of others the model takes the weight itself, for a function; a quantised layer has none to take.
+    """
+    called: set[str] = set()
+    hooks = [
+        layer.register_forward_hook(lambda *_, name=name: called.add(name))
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    module(example)
+    for hook in hooks:
+        hook.remove()
+    return called
+
+
+def make_plain(module: nn.Module, layers: Iterable[str]) -> None:
+    """Put an nn.Linear in the place of each subclass, which eager mode does not quantise."""
+    for name in layers:
+        layer: Any = module.get_submodule(name)
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        plain.weight, plain.bias = layer.weight, layer.bias
+        module.set_submodule(name, plain)
+
+
+def needs_7_bits() -> bool:
+    """Whether kernels add pairs of products in 16 bits: on x86 without VNNI.
+
+    There 8-bit activations would overflow.
+    """
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return x86 and not torch.cpu._is_vnni_supported()
 
 
 def compile_frozen(call: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Any]:
@@ -237,34 +348,26 @@ def import_torchao() -> Any:
 
 
 def int8_torchao_config(example: Tensor) -> Any:
-    """Per-token int8 activations, per-channel int8 weights.
-
-    Without VNNI the AVX2 kernel adds pairs of products in 16 bits, which overflow unless the
-    activations keep to 7 bits.
-    """
+    """Per-token int8 activations, per-channel int8 weights."""
     if example.is_cuda and len(example) <= INT8_ROWS_ON_GPU:
         raise UnavailableError(
             f"on a GPU int8 products need more than {INT8_ROWS_ON_GPU} rows, and the classifier "
             f"has one per image: use larger --batch-sizes"
         )
     return import_torchao().Int8DynamicActivationInt8WeightConfig(
-        set_inductor_config=False,
-        reduce_range=not example.is_cuda and not torch.cpu._is_vnni_supported(),
+        set_inductor_config=False, reduce_range=not example.is_cuda and needs_7_bits()
     )
 
 
 def quantize_torchao(
     module: nn.Module, example: Tensor, config: Any, dtype: torch.dtype
 ) -> Variant:
-    """Quantise all linear layers of the module in `dtype`, then compile it."""
+    """Quantise the linear layers of the module in `dtype`, then compile it."""
+    layers = linear_layers(module, example)
     module = module.to(dtype)
-    plain = {name: type(p) for name, p in module.named_parameters()}
-    import_torchao().quantize_(module, config)
-    shapes = [
-        (int(p.shape[0]), int(p.shape[1]))
-        for name, p in module.named_parameters()
-        if type(p) is not plain[name] and p.ndim == 2
-    ]
+    import_torchao().quantize_(module, config, filter_fn=lambda _, name: name in layers)
+    weights = [layer.weight for name, layer in module.named_modules() if name in layers]
+    shapes = [tuple(weight.shape) for weight in weights if type(weight) is not nn.Parameter]
     call = compile_frozen(lambda x: module(x.to(dtype)), example)
     return Variant(call, state_bytes(module), shapes)
 
@@ -275,16 +378,17 @@ def quantize_pt2e(module: nn.Module, example: Tensor, bf16: bool) -> Variant:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-    quantizer = x86.X86InductorQuantizer()
-    quantizer.set_global(
-        x86.get_default_x86_inductor_quantization_config(
-            is_dynamic=True, reduce_range=not torch.cpu._is_vnni_supported()
-        )
+    config = x86.get_default_x86_inductor_quantization_config(
+        is_dynamic=True, reduce_range=needs_7_bits()
     )
-    prepared = prepare_pt2e(torch.export.export(module, (example,)).module(), quantizer)
+    quantizer = x86.X86InductorQuantizer().set_function_type_qconfig(F.linear, config)
+    with exporting("torch.export"):
+        exported = torch.export.export(module, (example,)).module()
+    prepared = prepare_pt2e(exported, quantizer)
     prepared(example)
     converted = convert_pt2e(prepared)
-    shapes = pt2e_int8_shapes(converted)
+    constants = dict(converted.named_buffers()) | dict(converted.named_parameters())
+    shapes = [tuple(t.shape) for t in constants.values() if t.dtype == torch.int8 and t.ndim > 1]
 
     def call(x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -293,11 +397,85 @@ def quantize_pt2e(module: nn.Module, example: Tensor, bf16: bool) -> Variant:
     return Variant(compile_frozen(call, example), state_bytes(converted), shapes)
 
 
-def pt2e_int8_shapes(graph: Any) -> list[tuple[int, int]]:
-    """Shapes of the int8 weight matrices that a converted graph dequantises."""
-    constants = dict(graph.named_buffers()) | dict(graph.named_parameters())
-    int8 = [t for t in constants.values() if t.dtype == torch.int8 and t.ndim == 2]
-    return [(int(t.shape[0]), int(t.shape[1])) for t in int8]
+@contextlib.contextmanager
+def exporting(exporter: str) -> Iterator[None]:
+    """A model that an exporter does not take is unavailable, for the error that came first."""
+    try:
+        yield
+    except Exception as error:
+        first = error
+        while isinstance(cause := first.__cause__ or first.__context__, Exception):
+            first = cause
+        reason = f"{exporter} does not take this model: {cli.first_line(first)}"
+        raise UnavailableError(reason) from error
+
+
+def export_onnx(module: nn.Module, example: Tensor, folder: Path) -> tuple[Path, float]:
+    """Export with a dynamic batch axis, once per run; return the file and the seconds it took."""
+    path = folder / "model.onnx"
+    seconds = path.with_suffix(".seconds")
+    if seconds.exists():
+        return path, float(seconds.read_text())
+    start = time.perf_counter()
+    for layer in module.modules():
+        if hasattr(layer, "fused_attn"):  # timm's; the exporter does not take every use of it
+            layer.fused_attn = False
+    with exporting("torch.onnx.export"), contextlib.redirect_stdout(io.StringIO()):
+        pair = example[:1].expand(2, -1, -1, -1)
+        save_program(torch.onnx.export(module, (pair,), **EXPORT), path)
+    seconds.write_text(f"{time.perf_counter() - start}")
+    return path, 0.0
+
+
+def import_openvino() -> tuple[Any, Any]:
+    """OpenVINO and NNCF, which send nothing; or UnavailableError."""
+    os.environ["NNCF_CI"] = "1"  # without it NNCF tells its makers what it quantises
+    try:
+        import nncf
+        import openvino
+    except ImportError as error:
+        raise UnavailableError(f"pip install openvino nncf ({error})") from error
+    return openvino, nncf
+
+
+def read_openvino(module: nn.Module, example: Tensor, job: Job) -> tuple[Any, float]:
+    """The exported model, and the seconds that the export took."""
+    openvino, _ = import_openvino()
+    path, seconds = export_onnx(module, example, job.folder)
+    return openvino.Core().read_model(path), seconds
+
+
+def run_openvino(
+    model: Any, example: Tensor, job: Job, precision: str, seconds: float, group_size: int = 0
+) -> Variant:
+    """Compile for the CPU; nothing is left to OpenVINO's choice, which is bf16 and groups of 32.
+
+    Args:
+        precision: of what is not quantised, f32 or bf16.
+        seconds: that the export took.
+        group_size: channels that share a scale of dynamically quantised activations; 0: none are.
+    """
+    openvino, _ = import_openvino()
+    path = job.folder / f"{job.candidate}-{os.getpid()}.xml"
+    openvino.save_model(model, path, compress_to_fp16=False)
+    size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
+    settings = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(group_size),
+        "INFERENCE_NUM_THREADS": job.threads,
+        "NUM_STREAMS": 1,
+    }
+    model.reshape(list(example.shape))
+    request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
+    return Variant(lambda x: request.infer([x.numpy()])[0], size, extra_build_seconds=seconds)
+
+
+def openvino_int8_shapes(model: Any) -> list[tuple[int, ...]]:
+    """Shapes of the 8-bit weights, as PyTorch has them: grouped convolutions in four dimensions."""
+    constants = [op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"]
+    held = [op for op in constants if op.get_element_type().get_type_name() in ("i8", "u8")]
+    shapes = [tuple(op.shape) for op in held if math.prod(op.shape) > max(op.shape, default=0)]
+    return [s if len(s) < 5 else (s[0] * s[1], *s[2:]) for s in shapes]
 
 
 # --- the run --------------------------------------------------------------------------------------
@@ -306,68 +484,79 @@ def pt2e_int8_shapes(graph: Any) -> list[tuple[int, int]]:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; `--quick` changes the defaults, and explicit flags still win."""
     parser = cli.Parser(__doc__)
-    add = parser.add_argument
-    add("--model", default="dinov2_vits14_lc", help="model to quantise; see utils/models.py")
-    add("--untrained", action="store_true", help="random weights: latency only, no accuracy")
-    add("--dataset", default="tiny-imagenet", help=f"one of {', '.join(data.DATASETS)}")
-    add("--data-dir", type=Path, help="folder of the data set; data/<dataset> if not given")
-    add("--num-images", type=cli.positive_int, help="labelled images scored; all if not given")
-    add("--candidates", type=cli.name_list, help="comma-separated; all if not given")
-    add("--list", action="store_true", help="list the candidates and exit")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    add("--batch-sizes", type=cli.int_list, default=[1, 32], help="images a call, comma-separated")
-    add(
-        "--threads",
-        type=cli.int_list,
-        default=[torch.get_num_threads()],
-        help="CPU threads, comma-separated",
+    benchmark.add_arguments(parser, Path("results/part1"), [1, 32])
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="write torch.profiler's table and a Chrome trace of each candidate",
     )
-    add("--rounds", type=cli.positive_int, default=15, help="interleaved rounds of timing")
-    add(
-        "--block-seconds",
-        type=cli.positive_float,
-        default=0.5,
-        help="length of the baseline's block in each round, in seconds; at most 1000 calls",
-    )
-    add(
-        "--max-slowdown",
-        type=cli.positive_float,
-        default=4.0,
-        help="a candidate this many times slower than fp32 is timed, not scored",
-    )
-    add(
-        "--memory",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure peak memory in a further process per candidate",
-    )
-    add(
-        "--breakdown",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="profile each candidate in a further process: ms a call by group of operators (CPU)",
-    )
-    add("--seed", type=cli.seed, default=0, help="seed of subsets, weights and the order of turns")
-    add("--output-dir", type=Path, default=Path("results/part1"), help="folder for the CSV")
+    parser.set_defaults(model="dinov2_vits14_lc", dataset="tiny-imagenet")
     return cli.parse_quick(parser, argv, QUICK)
 
 
 def list_candidates() -> None:
     """Print each candidate with its devices and one line on what it is."""
     for name, (build, devices) in CANDIDATES.items():
-        print(f"{name:20}{devices:10}{build.__doc__}")
+        print(f"{name:22}{devices:10}{build.__doc__}")
 
 
 def choose_candidates(wanted: Sequence[str] | None, device: str) -> list[str]:
     """The candidates of this run, the baseline first; UserError for an unknown name."""
     for name in wanted or ():
         cli.check_name(name, CANDIDATES, "candidate")
-    here = [name for name in CANDIDATES if runs_on(name, device)]
+    here = [name for name, (_, devices) in CANDIDATES.items() if device in devices.split()]
     return list(dict.fromkeys([BASELINE, *(wanted or here)]))
 
 
-def runs_on(name: str, device: str) -> bool:
-    return device in CANDIDATES[name][1].split()
+def make_job(run: benchmark.Run, name: str) -> Job:
+    """The job of one candidate, with the reason if it cannot start."""
+    build, devices = CANDIDATES[name]
+    known: dict[str, Any] = {"candidate": name, "build": build}
+    known |= {"source": run.source, "device": run.device}
+    if run.device not in devices.split():
+        return Job(missing=Outcome("unavailable", f"it does not run on {run.device}"), **known)
+    if build is not build_openvino_int8_static:
+        return Job(**known)
+    images = attempt(benchmark.load_calibration, run, CALIBRATION_IMAGES)
+    if not images.ok:
+        return Job(missing=images, **known)
+    return CalibratedJob(images=images.value, preprocessing=run.model.preprocessing, **known)
+
+
+def part2_network(**architecture: Any) -> nn.Module:
+    """Part 2's network, for its checkpoints."""
+    import part2_tune
+
+    return part2_tune.SmallCNN(**architecture)
+
+
+def profile_candidates(
+    run: benchmark.Run, jobs: Sequence[Job], rows: Sequence[dict[str, Any]]
+) -> None:
+    """Write torch.profiler's table and a Chrome trace of each row that is ok."""
+    images = run.speed.images.numpy()
+    for job, row in zip(itertools.cycle(jobs), rows, strict=False):
+        if row["status"] != "ok":
+            continue
+        threads, batch = row["threads"], row["batch_size"]
+        path = run.folder / f"profile-{job.candidate}-batch{batch}-threads{threads}.json"
+        with Worker() as worker, tempfile.TemporaryDirectory() as folder:
+            alone = replace(job, threads=threads, batch_size=batch, folder=Path(folder))
+            outcome = attempt(worker.run, profile_calls, alone, images[:batch], path)
+        print(path if outcome.ok else f"note: no profile of {job.candidate}: {outcome.reason}")
+
+
+def profile_calls(job: Job, images: np.ndarray, path: Path) -> None:
+    """In a worker: profile PROFILED_CALLS calls; the trace goes to `path`, the table beside it."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it complains where there is no GPU
+    benchmark.serve(job)
+    benchmark.load_inputs(images)
+    benchmark.time_calls(PROFILED_CALLS)
+    with torch.profiler.profile(record_shapes=True) as profiler:
+        benchmark.time_calls(PROFILED_CALLS)
+    profiler.export_chrome_trace(str(path))
+    table = profiler.key_averages().table(sort_by=f"self_{job.device}_time_total", row_limit=40)
+    path.with_suffix(".txt").write_text(table)
 
 
 @cli.command
@@ -378,77 +567,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         list_candidates()
         return 0
     device = cli.pick_device(args.device).type
-    cli.check_threads(args.threads)
-    if args.breakdown and device == "cuda":
-        raise cli.UserError("--breakdown profiles a CPU: add --device cpu")
     names = choose_candidates(args.candidates, device)
-    foreign = {"status": "unavailable", "reason": f"it does not run on {device}"}
-    missing = {name: foreign for name in names if not runs_on(name, device)}
-    cli.check_name(args.dataset, data.DATASETS, "data set")
-    model = load_model(args.model, args.untrained)
-    load = functools.partial(
-        data.load_images,
-        args.dataset,
-        data_dir=args.data_dir,
-        image_size=model.preprocessing.input_size,
-    )
-    batch_sizes = sorted(args.batch_sizes, reverse=True)  # accuracy is measured at the largest
-    labelled, speed = load_image_sets(
-        load, args.dataset, args.num_images, batch_sizes[0], args.seed
-    )
-    class_logits = scored_logits(model, labelled)
-    output_dir = cli.make_output_dir(args.output_dir)
-    print(f"{args.model}: {len(labelled)} {labelled.split} images for accuracy, {device}")
-    if class_logits is None:
-        print("note: this model does not know these classes, so there is no accuracy to measure")
-    note_load(max(args.threads))
-
-    rows: list[dict[str, Any]] = []
-    breakdown: list[dict[str, Any]] = []
-    accuracy: dict[str, dict[str, Any]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for threads, batch_size in itertools.product(args.threads, batch_sizes):
-            print(f"batch size {batch_size}, {threads} threads")
-            setting = {"batch_size": batch_size, "threads": threads, "device": device}
-            common = {"model": args.model, "untrained": args.untrained, "seed": args.seed}
-            jobs = [
-                Job(candidate=name, build=CANDIDATES[name][0], folder=folder, **setting, **common)
-                for name in names
-                if name not in missing
-            ]
-            timed = speed.images[: len(speed) // batch_sizes[0] * batch_size]
-            unscored = None if accuracy else labelled.images
-            found, logits = measure_setting(
-                jobs, timed, unscored, args.rounds, args.block_seconds, args.max_slowdown
-            )
-            for name, output in logits.items():
-                accuracy[name] = evaluation.accuracy_row(
-                    output, logits[BASELINE], labelled.labels, class_logits
-                ) | {"accuracy_batch_size": batch_size}
-            block = []
-            for name, row in (found | missing).items():
-                scores = accuracy.get(name, {}) if row["status"] == "ok" else {}
-                if not scores and row["status"] == "ok":
-                    row.setdefault("reason", f"not scored at batch size {batch_sizes[0]}")
-                about = {"model": args.model, "dataset": args.dataset, "candidate": name}
-                block.append(about | setting | scores | row)
-            rows += block
-            environment = results.environment(model=args.model, checkpoints=model.checkpoints)
-            results.write_json(output_dir / "environment.json", environment)
-            if not breakdown:
-                (output_dir / "breakdown.csv").unlink(missing_ok=True)  # of an earlier run
-            results.write_csv(output_dir / "quantization.csv", rows, COLUMNS)
-            if args.memory:
-                add_memory(block[: len(jobs)], jobs, timed)
-                results.write_csv(output_dir / "quantization.csv", rows, COLUMNS)
-            if args.breakdown:
-                breakdown += break_down(block[: len(jobs)], jobs, timed)
-                results.write_csv(output_dir / "breakdown.csv", breakdown, BREAKDOWN_COLUMNS)
-    results.print_table(rows, SHOWN)
-    print(output_dir / "quantization.csv")
-    if args.breakdown:
-        print(output_dir / "breakdown.csv")
-    return int(any(row["status"] == "failed" for row in [*rows, *breakdown]))
+    with benchmark.open_run(args, part2_network) as run:
+        jobs = [make_job(run, name) for name in names]
+        rows = benchmark.measure(run, jobs, TABLE, COLUMNS)
+        if args.profile:
+            profile_candidates(run, jobs, rows)
+        return benchmark.finish(run, TABLE, rows, SHOWN)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import functools
 import gc
 import io
 import itertools
+import logging
 import math
 import os
 import shutil
@@ -57,13 +58,15 @@ from utils.workers import (
     reset_peak_memory,
 )
 
-NEEDS_CAPABILITY = {"tf32": (8, 0), "fp8": (8, 9)}
+NEEDS_CAPABILITY = {"tf32": (8, 0), "bf16": (8, 0), "fp8": (8, 9)}
 MAX_SLOWDOWN = 4.0  # a candidate this many times slower than the baseline is timed, not scored
 MEMORY_BATCHES = 3
 INPUT_BATCHES = 4  # timed inputs take turns, so that consecutive calls differ
 SCORED_AT_ONCE = 256  # images a question: the bar moves, and Ctrl-C is heard in between
 PRODUCT_SIDE, PRODUCT_SECONDS = 1024, 0.5  # of the square matrices that tell machines apart
 
+MEMORY_COLUMNS = ("peak_memory_mb", "build_peak_memory_mb")
+LOAD_COLUMNS = ("load_average_before", "load_average_after")
 SHARE_COLUMNS = (
     "quantized_layers",
     "linear_layers",
@@ -139,7 +142,7 @@ def add_arguments(parser: argparse.ArgumentParser, output_dir: Path, sizes: list
     add("--mean", type=cli.float_list, help="of red, green, blue on the 0-1 scale; model's own")
     add("--std", type=cli.float_list, help="standard deviations, likewise")
     add("--input-size", type=cli.positive_int, help="side of the input, pixels; the model's own")
-    add("--interpolation", choices=("bicubic", "bilinear"), help="how images are resized; likewise")
+    add("--interpolation", choices=data.INTERPOLATIONS, help="how images are resized; likewise")
     add("--untrained", action="store_true", help="random weights: latency only, no accuracy")
     add("--dataset", help=f"one of {', '.join(data.DATASETS)}")
     add("--data-dir", type=Path, help="folder of the data set; data/<dataset> if not given")
@@ -206,13 +209,16 @@ class Run:
 
 @contextlib.contextmanager
 def open_run(
-    args: argparse.Namespace, network: Callable[..., nn.Module] | None = None
+    args: argparse.Namespace,
+    network: Callable[..., nn.Module] | None = None,
+    images: bool = True,
 ) -> Iterator[Run]:
     """Check the shared arguments, load the model and the images, and hold the run's folder.
 
     Args:
         args: what `add_arguments` asked for.
         network: builds a network of Part 2 from its card; must pickle.
+        images: False leaves `labelled` and `speed` empty, for what measures nothing.
 
     Raises:
         UserError: something in the arguments, or another run works in the folder.
@@ -240,10 +246,14 @@ def open_run(
         image_size=model.preprocessing.input_size,
         interpolation=model.preprocessing.interpolation,
     )
-    split = data.ACCURACY_SPLIT[args.dataset]
-    labelled = load(split=split, num_images=args.num_images, seed=args.seed)
-    class_logits, classes = scored_logits(model, labelled)
     batch_sizes = sorted(args.batch_sizes, reverse=True)
+    labelled = speed = data.ImageSet(args.dataset, "no", torch.empty(0, 3, 1, 1), None, ())
+    class_logits, classes = None, ""
+    if images:
+        split = data.ACCURACY_SPLIT[args.dataset]
+        labelled = load(split=split, num_images=args.num_images, seed=args.seed)
+        speed = load_speed_images(load, args.dataset, batch_sizes[0], args.seed)
+        class_logits, classes = scored_logits(model, labelled)
     run = Run(
         source=source,
         model=model,
@@ -252,7 +262,7 @@ def open_run(
         load=load,
         labelled=labelled,
         class_logits=class_logits,
-        speed=load_speed_images(load, args.dataset, batch_sizes[0], args.seed),
+        speed=speed,
         device=device,
         threads=args.threads,
         batch_sizes=batch_sizes,
@@ -284,6 +294,24 @@ def load_speed_images(
         )
     batches = min(INPUT_BATCHES, len(images) // batch)
     return data.take_subset(images, batches * batch, seed)
+
+
+def load_calibration(run: Run, count: int) -> np.ndarray:
+    """Up to `count` training images uint8 `[N, 3, H, W]`, none of them scored.
+
+    Raises:
+        UnavailableError: there are none.
+    """
+    try:
+        train = run.load(split="train", num_images=count, seed=run.source.seed, fewer=True)
+    except cli.UserError as error:
+        raise UnavailableError(f"there are no training images to calibrate on: {error}") from error
+    seen = {hash(image.tobytes()) for image in run.labelled.images.numpy()}
+    images = train.images.numpy()
+    images = images[[hash(image.tobytes()) not in seen for image in images]]  # CIFAR-100 repeats
+    if not len(images):
+        raise UnavailableError("all training images that were drawn to calibrate on are scored too")
+    return images
 
 
 @contextlib.contextmanager
@@ -381,9 +409,9 @@ class CountingMode(TorchDispatchMode):
                     continue
                 pointer = factor.untyped_storage().data_ptr()
                 if pointer in self._weights:
-                    shape = tuple(sorted(factor.shape))
+                    shape = tuple(sorted(map(int, factor.shape)))
                     is_convolution = operator is torch.ops.aten.convolution
-                    layer = (pointer, factor.storage_offset(), shape, is_convolution)
+                    layer = (pointer, int(factor.storage_offset()), shape, is_convolution)
                     self.calls[layer] += flop // 2
         return output
 
@@ -449,13 +477,13 @@ class Served:
     host_call: Callable[[Tensor], Any] | None = None
 
 
-_served: Served  # in a worker process only
+served: Served  # in a worker process only
 
 
 def open_candidate(job: Job, cost: Cost) -> Row:
     """Build the candidate in this process; return the columns known once it is built."""
     seconds = serve(job)
-    variant = _served.variant
+    variant = served.variant
     row = {"size_mb": variant.size_bytes / 1e6, "build_seconds": seconds, **variant.columns}
     if variant.quantized is None:
         return row
@@ -466,8 +494,8 @@ def open_candidate(job: Job, cost: Cost) -> Row:
 
 
 def serve(job: Job) -> float:
-    """Build the candidate and call it once; from now on it is `_served`. Returns the seconds."""
-    global _served
+    """Build the candidate and call it once; from now on it is `served`. Returns the seconds."""
+    global served
     prepare_process(job)
     model = load_model(job.source)
     size = model.preprocessing.input_size
@@ -478,13 +506,14 @@ def serve(job: Job) -> float:
     variant.call(example)
     timing.synchronize()
     seconds = time.perf_counter() - start + variant.extra_build_seconds
-    _served = Served(job, model.preprocessing, variant)
+    served = Served(job, model.preprocessing, variant)
     return seconds
 
 
 def prepare_process(job: Job) -> None:
     """Set this worker's global state: no gradients, threads, TF32 off, cuDNN tuned, seeds."""
     warnings.simplefilter("ignore")  # deprecations of the routes compared
+    logging.disable(logging.WARNING)
     torch.set_grad_enabled(False)
     torch.set_num_threads(job.threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -509,23 +538,23 @@ def require_compiler(device: str) -> None:
 
 def predict_logits(images: np.ndarray) -> np.ndarray:
     """Logits `[N, C]` of uint8 images `[N, 3, H, W]`, in batches of the candidate's size."""
-    job, tensor = _served.job, torch.from_numpy(images)
+    job, tensor = served.job, torch.from_numpy(images)
     return evaluation.predict(
-        _served.variant.call, tensor, _served.preprocessing, job.batch_size, job.device
+        served.variant.call, tensor, served.preprocessing, job.batch_size, job.device
     ).numpy()
 
 
 def load_inputs(images: np.ndarray) -> None:
     """Preprocess uint8 images `[K * B, 3, H, W]` into the K batches that will be timed."""
-    batches = torch.from_numpy(images).split(_served.job.batch_size)
-    how, device = _served.preprocessing, _served.job.device
-    _served.inputs = [data.preprocess(batch, how, device) for batch in batches]
+    batches = torch.from_numpy(images).split(served.job.batch_size)
+    how, device = served.preprocessing, served.job.device
+    served.inputs = [data.preprocess(batch, how, device) for batch in batches]
 
 
 def load_host_inputs() -> None:
     """Copy the batches to pinned host memory, for timing with transfers."""
-    _served.host_inputs = [batch.cpu().pin_memory() for batch in _served.inputs]
-    _served.host_call = _served.variant.host_call or round_trip(_served.variant, _served.inputs[0])
+    served.host_inputs = [batch.cpu().pin_memory() for batch in served.inputs]
+    served.host_call = served.variant.host_call or round_trip(served.variant, served.inputs[0])
 
 
 def round_trip(variant: Variant, example: Tensor) -> Callable[[Tensor], Tensor]:
@@ -546,13 +575,13 @@ def time_calls(calls: int) -> timing.Block:
     A CUDA graph and TensorRT begin with a copy of the images, on the device, into the buffer that
     they read; eager PyTorch and ONNX Runtime read them where they are.
     """
-    return timing.time_block(_served.variant.call, _served.inputs, calls, _served.job.device)
+    return timing.time_block(served.variant.call, served.inputs, calls, served.job.device)
 
 
 def time_host_calls(calls: int) -> timing.Block:
     """Time calls with the transfers: images start and logits end in pinned host memory."""
-    assert _served.host_call
-    return timing.time_block(_served.host_call, _served.host_inputs, calls, _served.job.device)
+    assert served.host_call
+    return timing.time_block(served.host_call, served.host_inputs, calls, served.job.device)
 
 
 def measure_memory(job: Job, images: np.ndarray) -> Row:
