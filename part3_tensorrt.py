@@ -1,95 +1,98 @@
 """Part 3: take a trained model to ONNX and from there to TensorRT; inference time and speedup.
 
-The model is exported once per precision and every graph is checked against PyTorch on real images.
-Then PyTorch (eager, as a CUDA graph, compiled), ONNX Runtime and TensorRT run side by side. A
-candidate that does not agree with PyTorch is not timed. Without an NVIDIA GPU the export, the
+The model is exported once per precision, and every ONNX file is checked against PyTorch on real
+images. Then PyTorch (eager, as a CUDA graph, compiled), ONNX Runtime and TensorRT run side by side.
+A candidate that does not agree with PyTorch is not timed. Without an NVIDIA GPU the export, the
 checks and a comparison of PyTorch with ONNX Runtime on the CPU still run.
 
     python part3_tensorrt.py                        # Part 2's network, else vit_tiny_imagenet
-    python part3_tensorrt.py --model results/part2/best.safetensors
-    python part3_tensorrt.py --model smallcnn_cifar100         # that network as published here
+    python part3_tensorrt.py --model timm/NAME --checkpoint mine.safetensors
+    python part3_tensorrt.py --onnx mine.onnx       # your own file of the model, measured, too
+    python part3_tensorrt.py --export-only          # write and check the files, measure nothing
     python part3_tensorrt.py --quick                # under a minute, offline, CPU
     python part3_tensorrt.py --list                 # the candidates
 """
 
+from utils import cli  # isort: skip  # first: it says in one line if this Python is too old
+
 import argparse
 import contextlib
-import functools
-import importlib
-import itertools
+import hashlib
+import importlib.metadata
 import json
 import math
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from utils import cli, data, evaluation, results, tensorrt_engine, timing
-from utils.benchmark import (
-    GRAPH_COLUMNS,
-    TRANSFER_COLUMNS,
-    Build,
-    Check,
-    Job,
-    Predict,
-    Variant,
-    add_reason,
-    allow_tf32,
-    check_capability,
-    load_image_sets,
-    measure_setting,
-    note_load,
-    require_compiler,
-)
-from utils.cost import count_cost, state_bytes
-from utils.isolation import UnavailableError, Worker, recorded
-from utils.models import WEIGHTS_DIR, LoadedModel, load_model, scored_logits
-from utils.onnx_graphs import (
-    GRAPH_FILE_COLUMNS,
-    GRAPHS,
-    PARITY_COLUMNS,
-    compare_logits,
-    export_graphs,
-    graph_path,
-    load_calibration,
-    require_parity,
-)
-from utils.onnx_tools import onnx_bytes, onnx_cuda_session, onnx_session
-from utils.roofline import CEILING_COLUMNS, measure_ceilings
+from utils import benchmark, data, evaluation, onnx_tools, tensorrt_runner, timing
+from utils.benchmark import Build, Check, Job, Predict, Run, Variant
+from utils.models import WEIGHTS_DIR, load_model, run_name
+from utils.results import replace_file
+from utils.tensorrt_runner import EngineError, Runner
 from utils.training import capture, memory_format
+from utils.workers import Outcome, UnavailableError, Worker, attempt, recorded
 
 PART2_MODEL = Path("results/part2/best.safetensors")
-PARITY_IMAGES = 64  # labelled images on which a candidate must agree with PyTorch before timing
-EXPORT_IMAGES = 12  # labelled images on which an exported graph must agree
+EXPORTS = {  # ONNX file: (precision, what is quantised in it); the rest of an 8-bit one is fp16
+    "fp32": ("fp32", ()),
+    "fp16": ("fp16", ()),
+    "bf16": ("bf16", ()),
+    "int8": ("int8", ("linear",)),
+    "int8-attention": ("int8", ("linear", "attention")),
+    "int8-residual": ("int8", ("linear", "residual")),
+    "fp8": ("fp8", ("linear",)),
+    "fp8-attention": ("fp8", ("linear", "attention")),
+}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+# The least mean cosine of the (centred) logits with those of PyTorch in float32 on the CPU, and in
+# 8 bits the least percentage of images with the same class: below it an engine is broken, above it
+# the accuracy column speaks.
+GATES = {"fp32": 0.9999, "tf32": 0.9995, "fp16": 0.999, "bf16": 0.99}
+GATES |= {"int8": 0.9, "fp8": 0.9, "own": 0.9}
+LEAST_AGREEMENT = {"int8": 90.0, "fp8": 90.0}
+PARITY_IMAGES = 64
+CHECKED_BATCHES = (1, 3)  # at which an ONNX file is checked; it is exported with a batch of 2
+CALIBRATION_IMAGES = 256  # training images, none of them scored, that set the 8-bit ranges
+PLAN_FORMAT = 3  # raise it when the builder is configured in another way
 
-COLUMNS = (
-    *("model", "dataset", "gflop_per_image", "image_size"),
-    *("candidate", "precision", "device", "threads", "batch_size"),
-    *("status", "reason", *timing.LATENCY_COLUMNS, "graph_baseline", *GRAPH_COLUMNS),
-    *TRANSFER_COLUMNS,
-    *PARITY_COLUMNS,
-    *evaluation.ACCURACY_COLUMNS,
-    *("accuracy_batch_size", "size_mb", "build_seconds"),
-    *("engine_build_seconds", "engine_cached", "cuda_graph"),
-    *("load_average_before", "load_average_after"),
-)
+PARITY_COLUMNS = ("cosine", "max_difference", "agreement_percent", "images")
+PARITY_COLUMNS = tuple(f"parity_{name}" for name in PARITY_COLUMNS)
+EXPORT_COLUMNS = ("model", "export", "precision", "file", "sha256", "status", "reason")
+EXPORT_COLUMNS += ("onnx_opset", "nodes", "size_mb", "export_seconds")
+EXPORT_COLUMNS += (*PARITY_COLUMNS, "checked_batch_sizes", "quantized_weights", "weights")
+EXPORT_COLUMNS += ("quantized_activations", "quantized_work_percent", "calibration_images")
+COLUMNS = ("model", "dataset", "gflop_per_image", "image_size", "candidate", "precision", "device")
+COLUMNS += ("threads", "batch_size", "status", "reason", *timing.LATENCY_COLUMNS)
+COLUMNS += ("graph_baseline", *benchmark.GRAPH_COLUMNS, *benchmark.TRANSFER_COLUMNS)
+COLUMNS += (*PARITY_COLUMNS, *evaluation.ACCURACY_COLUMNS, "accuracy_batch_size", "size_mb")
+COLUMNS += ("engine_memory_mb", "peak_memory_mb", "build_peak_memory_mb", "build_seconds")
+COLUMNS += ("engine_file", "engine_build_seconds", "engine_cached", "cuda_graph", "layers")
+COLUMNS += ("layer_precisions", "attention_kernels", "load_average_before", "load_average_after")
 SHOWN = {
-    "candidate": "s",
-    "batch_size": "d",
-    "latency_ms_median": ".3f",
-    "speedup": ".2f",
-    "speedup_over_graph": ".2f",
-    "transfers_latency_ms_median": ".3f",
-    "images_per_s": ".0f",
-    "top1_percent": ".2f",
-    "parity_cosine": ".5f",
-    "size_mb": ".1f",
-    "status": "s",
+    "candidate": ("candidate", "s"),
+    "batch_size": ("batch", "d"),
+    "latency_ms_median": ("ms", ".3f"),
+    "speedup": ("speedup", "ratio"),
+    "speedup_over_graph": ("over graph", ".2f"),
+    "transfers_latency_ms_median": ("with copies", ".3f"),
+    "top1_percent": ("top-1", ".2f"),
+    "agreement_percent": ("agrees %", ".1f"),
+    "parity_cosine": ("cosine", ".4f"),
+    "size_mb": ("MB", ".1f"),
+    "engine_memory_mb": ("GPU MB", ".0f"),
 }
 QUICK = {
     "model": "vit_digits",
@@ -102,12 +105,18 @@ QUICK = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineJob(Job):
-    """A benchmark's job with what Part 3's candidates need; graphs and engines are in `folder`."""
+    """A benchmark's job with what Part 3's candidates need; `engine_dir` holds files and plans."""
 
     precision: str = "fp32"
-    onnx: Path | None = None  # the exported graph; None for PyTorch
-    batch_sizes: tuple[int, ...]  # of the run: an engine serves them all
-    cuda_graph: bool = True
+    export: Mapping[str, Any]  # of EXPORT_COLUMNS, on the ONNX file; empty for PyTorch
+    engine_dir: Path
+    timing_dir: Path  # for the builder's timings, which all models share
+    engine_batch_sizes: tuple[int, ...]  # of the run: an engine serves them all
+    optimization_level: int
+    detailed: bool = False  # an engine that tells of its layers, not one that is timed
+    cuda_graph: bool
+    capability: tuple[int, int] = (0, 0)  # of the GPU
+    plan: Path | None = None  # TensorRT's engine
 
 
 # --- the candidates: each takes (module, example batch, job) and returns a Variant ----------------
@@ -115,41 +124,45 @@ class EngineJob(Job):
 
 def build_eager(module: nn.Module, example: Tensor, job: Any) -> Variant:
     """PyTorch, eager."""
-    return Variant(prepare(module, example, job.precision), state_bytes(module), [])
+    return Variant(prepare(module, example, job.precision), benchmark.state_bytes(module))
 
 
 def build_graph(module: nn.Module, example: Tensor, job: Any) -> Variant:
     """PyTorch, the eager calls replayed as one CUDA graph."""
     call = capture(prepare(module, example, job.precision), example)
-    return Variant(call, state_bytes(module), [], uploads=True, columns={"cuda_graph": True})
+    size = benchmark.state_bytes(module)
+    return Variant(call, size, uploads=True, columns={"cuda_graph": True})
 
 
 def build_compiled(module: nn.Module, example: Tensor, job: Any) -> Variant:
     """PyTorch by torch.compile, with CUDA graphs."""
     from torch._dynamo.utils import counters
 
-    require_compiler(job.device)
+    benchmark.require_compiler(job.device)
     call = torch.compile(prepare(module, example, job.precision), mode="reduce-overhead")
     call(example)
     replayed = not counters["inductor"]["cudagraph_skips"]
-    return Variant(call, state_bytes(module), [], columns={"cuda_graph": replayed})
+    return Variant(call, benchmark.state_bytes(module), columns={"cuda_graph": replayed})
 
 
 def build_onnxruntime(module: nn.Module, example: Tensor, job: Any) -> Variant:
-    """ONNX Runtime, float32 graph, TF32 off."""
+    """ONNX Runtime, TF32 off."""
+    path = verify_onnx(job.export)
     if example.is_cuda:
         torch.cuda.set_stream(torch.cuda.Stream())  # the one that ONNX Runtime will work on
-        call = onnx_cuda_session(job.onnx)
+        call = onnx_tools.onnx_cuda_session(path)
     else:
-        call = onnx_session(job.onnx, job.threads)
-    return Variant(call, onnx_bytes(job.onnx), [])
+        call = onnx_tools.onnx_session(path, job.threads)
+    return Variant(call, onnx_tools.onnx_bytes(path))
 
 
 def build_tensorrt(module: nn.Module, example: Tensor, job: Any) -> Variant:
     """TensorRT, strongly typed, one profile per batch size, replayed as a CUDA graph."""
-    with tensorrt_for(job) as (recipe, folder):
-        opened = tensorrt_engine.open_runner(recipe, folder, job.batch_size, job.cuda_graph)
-        runner = _opened.enter_context(opened)
+    plan = tensorrt_runner.read_plan(job.plan)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tensorrt_runner.primary_context())
+        runner = stack.enter_context(Runner(plan, job.batch_size, job.cuda_graph))
+        _opened.push(stack.pop_all())
     logits = join_stream(runner)
 
     def call(x: Tensor) -> Tensor:
@@ -162,56 +175,48 @@ def build_tensorrt(module: nn.Module, example: Tensor, job: Any) -> Variant:
         runner.execute()
         return runner.download()
 
-    columns: dict[str, Any] = {"cuda_graph": runner.uses_graph}
+    columns = {"cuda_graph": not runner.no_graph, "engine_memory_mb": runner.memory_bytes / 1e6}
     if job.cuda_graph and runner.no_graph:
         columns["reason"] = f"it runs as with --no-cuda-graph: {runner.no_graph}"
-    return Variant(call, runner.opened.size_bytes, [], host_call=host_call, columns=columns)
+    return Variant(call, len(plan), host_call=host_call, columns=columns)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """How to build it, where it runs, and which exported graph it reads."""
+    """How to build it, where it runs, and which ONNX file it reads."""
 
     build: Build
     device: str
     precision: str
-    graph: str | None = None
+    export: str | None = None
 
 
-CANDIDATES = {
+TORCH_BUILDS: dict[str, Build] = {
+    "": build_eager,
+    "-graph": build_graph,
+    "-compile": build_compiled,
+}
+CANDIDATES = {  # the first of each device is its baseline
     "torch-cpu": Candidate(build_eager, "cpu", "fp32"),
     "onnxruntime-cpu": Candidate(build_onnxruntime, "cpu", "fp32", "fp32"),
-    "torch-fp32": Candidate(build_eager, "cuda", "fp32"),
-    "torch-fp32-graph": Candidate(build_graph, "cuda", "fp32"),
-    "torch-fp32-compile": Candidate(build_compiled, "cuda", "fp32"),
-    "torch-tf32": Candidate(build_eager, "cuda", "tf32"),
-    "torch-tf32-graph": Candidate(build_graph, "cuda", "tf32"),
-    "torch-tf32-compile": Candidate(build_compiled, "cuda", "tf32"),
-    "torch-fp16": Candidate(build_eager, "cuda", "fp16"),
-    "torch-fp16-graph": Candidate(build_graph, "cuda", "fp16"),
-    "torch-fp16-compile": Candidate(build_compiled, "cuda", "fp16"),
+    **{
+        f"torch-{precision}{suffix}": Candidate(build, "cuda", precision)
+        for precision in ("fp32", "tf32", "fp16", "bf16")
+        for suffix, build in TORCH_BUILDS.items()
+    },
     "onnxruntime-cuda": Candidate(build_onnxruntime, "cuda", "fp32", "fp32"),
-    "tensorrt-fp32": Candidate(build_tensorrt, "cuda", "fp32", "fp32"),
     "tensorrt-tf32": Candidate(build_tensorrt, "cuda", "tf32", "fp32"),
     **{
-        f"tensorrt-{graph}": Candidate(build_tensorrt, "cuda", precision, graph)
-        for graph, (precision, _) in GRAPHS.items()
-        if precision != "fp32"
+        f"tensorrt-{export}": Candidate(build_tensorrt, "cuda", precision, export)
+        for export, (precision, _) in EXPORTS.items()
     },
+    "onnxruntime-cpu-own": Candidate(build_onnxruntime, "cpu", "own", "own"),  # with --onnx
+    "tensorrt-own": Candidate(build_tensorrt, "cuda", "own", "own"),
 }
-BASELINES = {"cpu": "torch-cpu", "cuda": "torch-fp32"}
 # PyTorch's CUDA graph of the same precision, or of the nearest that PyTorch has: a speedup over it
 # is not due to launches, nor to the precision but for 8 bits.
-GRAPH_BASELINES = {
-    "fp32": "torch-fp32-graph",
-    "tf32": "torch-tf32-graph",
-    "fp16": "torch-fp16-graph",
-    "int8": "torch-fp16-graph",
-    "fp8": "torch-fp16-graph",
-}
-
-
-# --- how the routes work --------------------------------------------------------------------------
+GRAPH_BASELINES = {p: f"torch-{p}-graph" for p in ("fp32", "tf32", "fp16", "bf16")}
+GRAPH_BASELINES |= {"int8": "torch-fp16-graph", "fp8": "torch-fp16-graph"}
 
 # In a worker process only. It holds the engine until the process ends, which frees everything.
 _opened = contextlib.ExitStack()
@@ -224,132 +229,561 @@ def prepare(module: nn.Module, example: Tensor, precision: str) -> Callable[[Ten
     process.
     """
     if precision == "tf32":
-        allow_tf32()
-    dtype = torch.float16 if precision == "fp16" else torch.float32
+        benchmark.allow_tf32()
+    dtype = DTYPES.get(precision, torch.float32)
     layout = memory_format(example.device)
     module = module.to(dtype).to(memory_format=layout)
     return lambda x: module(x.to(dtype, memory_format=layout)).float()
 
 
-@contextlib.contextmanager
-def tensorrt_for(job: EngineJob) -> Iterator[tuple[tensorrt_engine.Recipe, Path]]:
-    """The engine's recipe and folder; what TensorRT lacks for it becomes UnavailableError."""
-    check_capability(job.precision)
-    assert job.onnx is not None
-    try:
-        yield tensorrt_engine.Recipe(job.onnx, job.precision, job.batch_sizes), Path(job.folder)
-    except tensorrt_engine.UnsupportedError as error:
-        raise UnavailableError(str(error)) from error
-
-
-def make_engine(job: EngineJob) -> dict[str, Any]:
-    """In a worker: have the candidate's engine in the folder; the columns on how it came about."""
-    with tensorrt_for(job) as (recipe, folder):
-        seconds, cached = tensorrt_engine.make_engine(recipe, folder)
-    return {"engine_build_seconds": seconds, "engine_cached": cached}
-
-
-def make_engines(jobs: Sequence[EngineJob]) -> dict[str, dict[str, Any]]:
-    """Have all engines built, each by a process that shares the GPU's memory with no other.
-
-    Returns:
-        The columns on each engine, or the status and the reason of one that there is not.
-    """
-    if jobs:
-        print("engines")
-    rows: dict[str, dict[str, Any]] = {job.candidate: {} for job in jobs}
-    for job in jobs:
-        row = rows[job.candidate]
-        with recorded(row), Worker() as worker:
-            row |= worker.run(make_engine, job)
-        how = row.get("reason") or f"{row['engine_build_seconds']:.1f} s"
-        print(f"  {job.candidate:24}{how}{', kept' * row.get('engine_cached', False)}", flush=True)
-    return rows
-
-
-def join_stream(runner: tensorrt_engine.Runner) -> Tensor:
+def join_stream(runner: Runner) -> Tensor:
     """Make the engine's stream PyTorch's, its events included; the engine's logits as a tensor."""
     torch.cuda.set_stream(torch.cuda.ExternalStream(runner.stream_handle))
     return torch.as_tensor(runner.device_logits, device="cuda")
 
 
-# --- the model ------------------------------------------------------------------------------------
+# --- parity with PyTorch --------------------------------------------------------------------------
 
 
-def checkpoint_of(name: str) -> Path | None:
-    """The file of a checkpoint that Part 2 wrote; None for the models that utils.models knows."""
-    if name == "smallcnn_cifar100":
-        return WEIGHTS_DIR / f"{name}.safetensors"
-    return Path(name) if name.endswith(".safetensors") else None
+class ParityError(Exception):
+    """Logits too far from PyTorch's."""
 
 
-def load_trained(name: str, untrained: bool = False) -> LoadedModel:
-    """Load a model by name, or a checkpoint of Part 2."""
-    path = checkpoint_of(name)
-    if path is None:
-        return load_model(name, untrained)
-    if untrained:
-        raise cli.UserError(f"--untrained: {path} holds trained weights")
-    if not path.is_file():
-        raise cli.UserError(f"--model {name}: {path} does not exist: run part2_tune.py")
-    model = importlib.import_module("part2_tune").load_checkpoint(path)
-    model.module.eval().requires_grad_(False)
-    return model
+@dataclass(frozen=True)
+class Reference:
+    """Images uint8 `[N, 3, H, W]` and PyTorch's float32 logits `[N, C]` of them."""
+
+    images: np.ndarray
+    logits: Tensor
+    trained: bool
+
+
+def make_reference(run: Run) -> Reference:
+    """PARITY_IMAGES labelled images, else training images, else noise, and PyTorch's logits."""
+    size, seed = run.model.preprocessing.input_size, run.source.seed
+    noise = np.random.default_rng(seed).integers(256, size=(PARITY_IMAGES, 3, size, size))
+    images = torch.from_numpy(noise.astype(np.uint8))
+    for split in ("train", data.ACCURACY_SPLIT[run.dataset]):
+        with contextlib.suppress(cli.UserError):
+            images = run.load(split=split, num_images=PARITY_IMAGES, seed=seed, fewer=True).images
+    logits = evaluation.predict(run.model.module, images, run.model.preprocessing, 16)
+    return Reference(images.numpy(), logits, run.model.trained)
+
+
+def compare_logits(logits: Tensor, reference: Tensor) -> dict[str, Any]:
+    """PARITY_COLUMNS of logits `[N, C]`."""
+    if logits.shape != reference.shape:
+        raise ParityError(f"logits {list(logits.shape)}, PyTorch gives {list(reference.shape)}")
+    same = logits.argmax(1) == reference.argmax(1)
+    values = (
+        evaluation.centred_cosine(logits, reference),
+        (logits - reference).abs().max().item(),
+        evaluation.percent(same),
+        len(logits),
+    )
+    return dict(zip(PARITY_COLUMNS, values, strict=True))
+
+
+def parity_check(reference: Reference) -> Check:
+    """A check that compares a candidate's logits with PyTorch's before it is timed."""
+
+    def check(row: dict[str, Any], predict: Predict) -> None:
+        row |= compare_logits(torch.from_numpy(predict(reference.images)), reference.logits)
+        require_parity(row, CANDIDATES[row["candidate"]].precision, reference.trained)
+
+    return check
+
+
+def require_parity(row: Mapping[str, Any], precision: str, trained: bool) -> None:
+    """Hold a row's parity against the gates of a precision.
+
+    The classes of random weights are too near to each other for their agreement to mean anything.
+
+    Raises:
+        ParityError: it is below one of them, or is not a number.
+    """
+    cosine, agreement = row["parity_cosine"], row["parity_agreement_percent"]
+    if math.isnan(cosine):
+        hint = "" if precision in ("fp32", "tf32", "bf16") else ", as when fp16 exceeds 65504"
+        raise ParityError(f"the logits hold NaN or infinity{hint}")
+    if cosine < GATES[precision]:
+        raise ParityError(f"cosine {cosine:.5f} with PyTorch's logits, wanted {GATES[precision]}")
+    least = LEAST_AGREEMENT.get(precision, 0.0) if trained else 0.0
+    if agreement < least:
+        raise ParityError(f"{agreement:.0f} % of the images get PyTorch's class, wanted {least}")
+
+
+# --- ONNX export of each precision ----------------------------------------------------------------
+
+
+class LowPrecision(nn.Module):
+    """A module, which it converts in place, that takes float32 images and gives float32 logits."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module.to(dtype), dtype
+        self.train(module.training)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.module(images.to(self.dtype)).float()
+
+
+def plain_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """scaled_dot_product_attention in ONNX as Transpose, MatMul, Softmax, MatMul.
+
+    TensorRT fuses this. The exporter's own translation moves the key's axes by a Reshape to a shape
+    that is computed, which costs time in fp16 and, in TensorRT 10.6, every 8-bit engine.
+    """
+    from onnxscript import opset20 as op
+
+    if is_causal or enable_gqa:
+        raise NotImplementedError("causal or grouped-query attention has no export here")
+    axes = list(range(len(key.shape)))
+    axes[-2:] = [axes[-1], axes[-2]]
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=factor), query))
+    scores = op.MatMul(scaled, op.Transpose(key, perm=axes))
+    if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
+        least = op.CastLike(op.Constant(value_float=-math.inf), query)
+        scores = op.Where(attn_mask, scores, least)
+    elif attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def export_onnx(
+    module: nn.Module, size: int, path: Path, metadata: Mapping[str, str], opset: int
+) -> None:
+    """Export float32 images `[B, 3, size, size]` -> logits `[B, C]`, for any B, to `path`."""
+    attention: Any = torch.ops.aten.scaled_dot_product_attention.default
+    program = torch.onnx.export(
+        module,
+        (torch.zeros(2, 3, size, size),),
+        custom_translation_table={attention: plain_attention},
+        **onnx_tools.EXPORT | {"opset_version": opset},
+    )
+    onnx_tools.save_program(program, path, metadata)
+
+
+def export_float(precision: str, job: EngineJob, path: Path) -> None:
+    """In a worker: export the model in a float precision, with what its user must know."""
+    benchmark.prepare_process(job)
+    model = load_model(job.source)
+    how, module = model.preprocessing, model.module
+    metadata = {
+        "model": model.name,
+        "classes": json.dumps(model.classes),
+        "mean": json.dumps(how.mean),
+        "std": json.dumps(how.std),
+        "interpolation": how.interpolation,
+    }
+    if precision in DTYPES:
+        module = LowPrecision(module, DTYPES[precision])
+    opset = 22 if precision == "bf16" else 20  # the first whose convolutions take bf16
+    export_onnx(module, how.input_size, path, metadata, opset)
+
+
+def find_ranges(run: Run, half: dict[str, Any], names: Sequence[str], job: EngineJob) -> Any:
+    """The ranges of the activations that these exports quantise, over training images.
+
+    Raises:
+        UnavailableError: there is no fp16 file to start from, or there are no such images.
+    """
+    if half["status"] != "ok":
+        raise UnavailableError("it starts from the fp16 file, which there is not")
+    images = benchmark.load_calibration(run, CALIBRATION_IMAGES)
+    with Worker() as worker:
+        return worker.run(calibrate, half, names, images, run.model.preprocessing, job.threads)
+
+
+def calibrate(
+    half: dict[str, Any],
+    names: Sequence[str],
+    images: np.ndarray,
+    how: data.Preprocessing,
+    threads: int,
+) -> dict[str, onnx_tools.Range]:
+    """In a worker: the ranges of all activations that these exports quantise, image by image."""
+    path = verify_onnx(half)
+    tensors: dict[str, None] = {}
+    for precision, parts in (EXPORTS[name] for name in names):
+        tensors |= dict.fromkeys(onnx_tools.find_activations(path, parts, precision))
+    bar = tqdm(images, desc="calibrating", unit="img", disable=None, leave=False)
+    batches = (data.preprocess(torch.from_numpy(image[None]), how).numpy() for image in bar)
+    return onnx_tools.calibrate(path, list(tensors), batches, threads)
+
+
+def verify_onnx(row: Mapping[str, Any]) -> Path:
+    """The ONNX file of a row of EXPORT_COLUMNS, if it is still the one that was checked."""
+    path = Path(row["file"])
+    if onnx_tools.hash_onnx(path) != row["sha256"]:
+        raise RuntimeError(f"{path} is no longer the file that was checked: another run wrote it?")
+    return path
+
+
+def check_export(
+    precision: str, path: Path, threads: int, how: data.Preprocessing, reference: Reference
+) -> dict[str, Any]:
+    """In a worker: check an ONNX file, and compare it with PyTorch by ONNX Runtime."""
+    row = onnx_tools.check_onnx(path) | {"sha256": onnx_tools.hash_onnx(path)}
+    if precision == "bf16":
+        return row | {"reason": "compared as an engine only: ONNX Runtime has no bf16 on a CPU"}
+    call = onnx_tools.onnx_session(path, threads, optimize=False)
+    images = torch.from_numpy(reference.images).tensor_split([len(reference.images) // 4])
+    logits = [
+        evaluation.predict(call, part, how, batch_size)
+        for part, batch_size in zip(images, CHECKED_BATCHES, strict=True)
+        if len(part)
+    ]
+    row["checked_batch_sizes"] = " ".join(map(str, CHECKED_BATCHES))
+    return row | compare_logits(torch.cat(logits), reference.logits)
+
+
+def make_export(
+    run: Run, name: str, job: EngineJob, reference: Reference, ranges: Outcome
+) -> dict[str, Any]:
+    """Make one of EXPORTS in a process of its own; a row of EXPORT_COLUMNS.
+
+    The file comes into the folder when it has passed; a failure leaves no older one there.
+    """
+    precision, parts = EXPORTS[name]
+    target = job.engine_dir / f"{run_name(run.source)}-{name}.onnx"
+    for file in (target, target.with_name(f"{target.name}.data")):
+        file.unlink(missing_ok=True)
+    row = {"model": run.source.name, "export": name, "precision": precision, "status": "ok"}
+    row |= {"file": str(target)}
+    if parts and not ranges.ok:
+        return row | ranges.columns
+    start = time.perf_counter()
+    scratch = tempfile.TemporaryDirectory(dir=job.engine_dir, prefix=".unfinished-")
+    with recorded(row), Worker() as worker, scratch as folder:
+        path = Path(folder) / target.name
+        if parts:
+            source = target.with_name(f"{run_name(run.source)}-fp16.onnx")
+            # TensorRT documents scales per channel of fp8 weights for Hopper alone.
+            per_channel = precision == "int8" or job.capability == (9, 0)
+            arguments = (source, path, precision, parts, ranges.value, per_channel)
+            row |= worker.run(onnx_tools.quantize_onnx, *arguments)
+        else:
+            worker.run(export_float, precision, job, path)
+        row["export_seconds"] = time.perf_counter() - start
+        how = run.model.preprocessing
+        row |= worker.run(check_export, precision, path, job.threads, how, reference)
+        if precision != "bf16":
+            require_parity(row, precision, reference.trained)
+        for file in onnx_tools.onnx_files(path):
+            file.replace(target.with_name(file.name))
+    return row
+
+
+def check_own(run: Run, path: Path, job: EngineJob, reference: Reference) -> dict[str, Any]:
+    """A row of EXPORT_COLUMNS on a user's ONNX file; UserError if it cannot serve."""
+    row = {"model": run.source.name, "export": "own", "precision": "own", "status": "ok"}
+    row |= {"file": str(path)}
+    with Worker() as worker:
+        if not (checked := attempt(worker.run, onnx_tools.check_onnx, path)).ok:
+            raise cli.UserError(f"--onnx {path}: {checked.reason}")
+        with recorded(row):
+            how = run.model.preprocessing
+            row |= worker.run(check_export, "own", path, job.threads, how, reference)
+            require_parity(row, "own", reference.trained)
+    return row
+
+
+def export_all(
+    run: Run, names: Sequence[str], job: EngineJob, reference: Reference, own: Path | None
+) -> dict[str, dict[str, Any]]:
+    """Make these of EXPORTS, and check a file of one's own; a row of EXPORT_COLUMNS for each."""
+    print("ONNX files, cosine with PyTorch")
+    rows: dict[str, dict[str, Any]] = {}
+    ranges = Outcome("unavailable", "there are no 8-bit files to make")
+    eight_bit = [name for name in names if EXPORTS[name][1]]
+    for name in [*names, *(["own"] if own else [])]:
+        if eight_bit and name == eight_bit[0]:
+            ranges = attempt(find_ranges, run, rows["fp16"], eight_bit, job)
+        if name == "own":
+            row = check_own(run, own, job, reference)
+        else:
+            row = make_export(run, name, job, reference, ranges)
+        rows[name] = row
+        found = f"{row['parity_cosine']:.5f}" if "parity_cosine" in row else ""
+        print(f"  {name:20}{found} {row.get('reason', '')}", flush=True)
+        run.write_table("exports.csv", list(rows.values()), EXPORT_COLUMNS)
+    return rows
+
+
+# --- building a TensorRT engine -------------------------------------------------------------------
+
+
+def make_engine(job: EngineJob) -> dict[str, Any]:
+    """In a worker: have the candidate's engine in the folder; the columns on how it came about."""
+    benchmark.check_capability(job.precision)
+    with tensorrt_runner.primary_context() as device:
+        return keep_engine(job, identify(job, device))
+
+
+def identify(job: EngineJob, device: Any) -> dict[str, Any]:
+    """All that decides whether a plan fits: it is in the plan's name and on its card."""
+    import tensorrt as trt
+
+    # The bindings come as tensorrt-cu12 or tensorrt-cu13; a build of one's own says neither.
+    names = importlib.metadata.packages_distributions().get("tensorrt", [])
+    cuda = re.search(r"cu\d+", " ".join(names))
+    return {
+        "onnx": onnx_tools.hash_onnx(verify_onnx(job.export)),
+        "precision": job.precision,
+        "batch_sizes": job.engine_batch_sizes,
+        "optimization_level": job.optimization_level,
+        "detailed": job.detailed,
+        "gpu": device.name(),
+        "compute_capability": list(device.compute_capability()),
+        "tensorrt": trt.__version__,
+        "cuda": cuda.group() if cuda else "",
+        "format": PLAN_FORMAT,
+    }
+
+
+def keep_engine(job: EngineJob, identity: dict[str, Any]) -> dict[str, Any]:
+    """Take the engine from the folder, or build it and keep it there with its card.
+
+    Raises:
+        EngineError, MemoryError: TensorRT cannot parse, build or load it.
+    """
+    onnx = Path(job.export["file"])
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    path = job.engine_dir / f"{onnx.stem}-{job.precision}-{key}.plan"
+    with contextlib.suppress(EngineError):  # missing, damaged or foreign; MemoryError is no reason
+        tensorrt_runner.load_engine(tensorrt_runner.read_plan(path))
+        card = json.loads(path.with_suffix(".json").read_text())
+        seconds = card["build_seconds"]
+        return {"engine_file": str(path), "engine_build_seconds": seconds, "engine_cached": True}
+    start = time.perf_counter()
+    label = f"{identity['tensorrt']}-{identity['cuda']}-{identity['gpu']}"
+    timing_cache = job.timing_dir / f"timing-{re.sub('[^0-9a-zA-Z.]+', '-', label)}.cache"
+    plan = build_plan(job, onnx, timing_cache)
+    tensorrt_runner.load_engine(plan)
+    seconds = round(time.perf_counter() - start, 2)
+    card = {"identity": identity, "sha256": hashlib.sha256(plan).hexdigest()}
+    card |= {"build_seconds": seconds, "trtexec": trtexec_lines(path, onnx, job)}
+    replace_file(path, plan)
+    replace_file(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+    return {"engine_file": str(path), "engine_build_seconds": seconds, "engine_cached": False}
+
+
+def trtexec_lines(path: Path, onnx: Path, job: EngineJob) -> list[str]:
+    """Commands that time the engine at each batch size with NVIDIA's own tool."""
+    images = ir.load(onnx).graph.inputs[0]
+    sides = "x".join(map(str, (images.shape or ())[1:]))
+    flags = "--useCudaGraph --useSpinWait --noDataTransfers --warmUp=500 --duration=10"
+    return [
+        f"trtexec --loadEngine={path} --shapes={images.name}:{batch}x{sides} {flags}"
+        for batch in job.engine_batch_sizes
+    ]
+
+
+def build_plan(job: EngineJob, onnx: Path, timing_cache: Path) -> bytes:
+    """Parse the ONNX file and build its engine; the timing cache makes the next build faster."""
+    import tensorrt as trt
+
+    builder = tensorrt_runner.create(trt.Builder)
+    network = builder.create_network(
+        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)  # version 11 knows nothing else
+    )
+    parse_onnx(network, onnx)
+    config = configure(builder, network, job)
+    cache = attach_timing_cache(config, timing_cache)
+    with tqdm(desc=f"building {onnx.stem}", total=0, disable=None, leave=False) as bar:
+        config.progress_monitor = make_monitor(bar)
+        plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise tensorrt_runner.refusal(f"TensorRT cannot build {onnx.name}")
+    tensorrt_runner.take_errors()  # of kernels that it tried and left out
+    replace_file(timing_cache, bytes(cache.serialize()))
+    return bytes(plan)
+
+
+def parse_onnx(network: Any, path: Path) -> None:
+    """Parse by path, which finds external weights too; every error is printed."""
+    import tensorrt as trt
+
+    parser = trt.OnnxParser(network, tensorrt_runner.shared_logger())
+    if parser.parse_from_file(str(path)):
+        return
+    errors = [str(parser.get_error(i)).strip() for i in range(parser.num_errors)]
+    for error in errors:
+        print(f"{path.name}: {error}", file=sys.stderr)
+    first = (errors or tensorrt_runner.take_errors() or ["no reason given"])[0]
+    raise EngineError(f"TensorRT cannot parse {path.name}: {first}")
+
+
+def configure(builder: Any, network: Any, job: EngineJob) -> Any:
+    """Set what the ONNX file does not decide, and a profile for each batch size.
+
+    A profile of one batch size gives faster kernels than one wide range.
+    """
+    import tensorrt as trt
+
+    config = builder.create_builder_config()
+    config.builder_optimization_level = job.optimization_level
+    if job.detailed:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if job.precision == "tf32":
+        config.set_flag(trt.BuilderFlag.TF32)
+    else:
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and float32 would not be float32
+    images = network.get_input(0)
+    for batch_size in job.engine_batch_sizes:
+        shape = trt.Dims([batch_size, *tuple(images.shape)[1:]])
+        profile = builder.create_optimization_profile()
+        profile.set_shape(images.name, shape, shape, shape)
+        if config.add_optimization_profile(profile) < 0:
+            raise tensorrt_runner.refusal(f"TensorRT refuses a profile for {batch_size} images")
+    return config
+
+
+def attach_timing_cache(config: Any, path: Path) -> Any:
+    """Load the timing cache if it fits this GPU and TensorRT, else start one."""
+    content = path.read_bytes() if path.is_file() else b""
+    cache = config.create_timing_cache(content)
+    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def make_monitor(bar: Any) -> Any:
+    """A `trt.IProgressMonitor` that moves a bar over the steps of all phases known so far."""
+    import tensorrt as trt
+
+    class Monitor(trt.IProgressMonitor):
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            bar.total += num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            bar.update()
+            return True  # False would end the build
+
+        def phase_finish(self, phase_name: str) -> None:
+            bar.refresh()
+
+    return Monitor()
+
+
+def describe_layers(job: EngineJob) -> dict[str, Any]:
+    """In a worker: list the layers of an engine built for that; columns that sum them up."""
+    with tensorrt_runner.primary_context() as device:
+        found = keep_engine(job, identify(job, device))
+        plan = tensorrt_runner.read_plan(Path(found["engine_file"]))
+        with Runner(plan, max(job.engine_batch_sizes), cuda_graph=False) as runner:
+            layers = runner.layers()
+    path = job.engine_dir / f"{Path(job.export['file']).stem}-{job.precision}-layers.json"
+    replace_file(path, json.dumps(layers, indent=1).encode())
+    return summarise_layers(layers)
+
+
+def summarise_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """How many layers there are, of which precision, and how many are an attention in one kernel.
+
+    A precision is that of a layer's outputs; TensorRT's fused attention is called "mha".
+    """
+    words = {"fp8": "fp8|float8", "int8": "int8", "bf16": "bf16|bfloat16"}
+    words |= {"fp16": "half|fp16|float16", "fp32": "float|fp32"}
+    precisions: Counter[str] = Counter()
+    for layer in layers:
+        text = json.dumps(layer.get("Outputs", "")).lower()
+        precisions[next((name for name, w in words.items() if re.search(w, text)), "unknown")] += 1
+    return {
+        "layers": len(layers),
+        "layer_precisions": ", ".join(f"{count} {name}" for name, count in precisions.items()),
+        "attention_kernels": sum("mha" in json.dumps(layer).lower() for layer in layers),
+    }
+
+
+def add_engines(jobs: Sequence[EngineJob], layers: bool) -> list[EngineJob]:
+    """Have all engines built, each by a process that shares the GPU's memory with no other.
+
+    Returns:
+        The jobs; those of TensorRT with their plan, or with the reason why there is none.
+    """
+    made = []
+    for job in jobs:
+        if job.build != build_tensorrt or job.missing:
+            made.append(job)
+            continue
+        with Worker() as worker:
+            engine = attempt(worker.run, make_engine, job)
+            columns = dict(job.columns) | (engine.value or {})
+            if engine.ok and layers:
+                listed = attempt(worker.run, describe_layers, replace(job, detailed=True))
+                columns |= listed.value or {"reason": f"layers not listed: {listed.reason}"}
+        if engine.ok:
+            kept = ", kept" if columns["engine_cached"] else ""
+            found = f"{columns['engine_build_seconds']:.1f} s{kept}"
+            made.append(replace(job, columns=columns, plan=Path(columns["engine_file"])))
+        else:
+            found = f"{engine.status}: {engine.reason}"
+            made.append(replace(job, missing=engine))
+        print(f"  engine {job.candidate:24}{found}", flush=True)
+    return made
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+
+def part2_network(**architecture: Any) -> nn.Module:
+    """Part 2's network, built from its card."""
+    from part2_tune import SmallCNN
+
+    return SmallCNN(**architecture)
 
 
 def dataset_of(name: str) -> str:
     """The data set that a model was trained on: its card's, else Tiny-ImageNet."""
-    path = checkpoint_of(name) or WEIGHTS_DIR / f"{name}.safetensors"
+    path = Path(name) if name.endswith(".safetensors") else WEIGHTS_DIR / f"{name}.safetensors"
     try:
         return str(json.loads(path.with_suffix(".json").read_text())["dataset"])
     except (OSError, ValueError, LookupError, TypeError):
-        return "cifar100" if checkpoint_of(name) else "tiny-imagenet"
-
-
-# --- the run --------------------------------------------------------------------------------------
+        return "tiny-imagenet"
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; `--quick` changes the defaults, and explicit flags still win."""
     parser = cli.Parser(__doc__)
+    benchmark.add_arguments(parser, Path("results/part3"), [1, 8, 32, 128])
+    parser.set_defaults(memory=False)
     add = parser.add_argument
+    add("--onnx", type=Path, help="an ONNX file of the model that you made: measured, too")
+    add("--engine-dir", type=Path, help="for ONNX files and engines; in the run's folder if absent")
+    add("--export-only", action="store_true", help="write and check the files, measure nothing")
+    add("--layers", action="store_true", help="list the layers of each engine (a second build)")
     add(
-        "--model",
-        help=f"a name (see utils/models.py), smallcnn_cifar100, or a checkpoint of Part 2; "
-        f"{PART2_MODEL} if there, else vit_tiny_imagenet",
+        "--optimization-level",
+        type=int,
+        choices=range(6),
+        default=3,
+        help="of TensorRT's builder: higher searches longer for faster kernels",
     )
-    add("--untrained", action="store_true", help="random weights: latency only, no accuracy")
-    add("--dataset", help=f"one of {', '.join(data.DATASETS)}; the model's own if not given")
-    add("--data-dir", type=Path, help="folder of the data set; data/<dataset> if not given")
-    add("--num-images", type=cli.positive_int, help="labelled images scored; all if not given")
-    add("--candidates", type=cli.name_list, help="comma-separated; all if not given")
-    add("--list", action="store_true", help="list the candidates and exit")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run")
-    sizes = [1, 8, 32, 128]
-    add("--batch-sizes", type=cli.int_list, default=sizes, help="images a call, comma-separated")
-    threads = [torch.get_num_threads()]
-    add("--threads", type=cli.int_list, default=threads, help="CPU threads, comma-separated")
-    add("--rounds", type=cli.positive_int, default=15, help="interleaved rounds of timing")
-    add(
-        "--block-seconds",
-        type=cli.positive_float,
-        default=0.5,
-        help="length of the baseline's block in each round, in seconds; at most 1000 calls",
-    )
-    add("--engine-dir", type=Path, help="for graphs and engines; OUTPUT_DIR/engines if not given")
-    add("--export-only", action="store_true", help="write and check the graphs, measure nothing")
     add(
         "--cuda-graph",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="replay TensorRT engines as CUDA graphs",
     )
-    add("--seed", type=cli.seed, default=0, help="seed of subsets, weights and the order of turns")
-    add("--output-dir", type=Path, default=Path("results/part3"), help="folder for the CSVs")
     args = cli.parse_quick(parser, argv, QUICK)
     args.model = args.model or (str(PART2_MODEL) if PART2_MODEL.is_file() else "vit_tiny_imagenet")
     args.dataset = args.dataset or dataset_of(args.model)
-    args.engine_dir = args.engine_dir or args.output_dir / "engines"
     return args
 
 
@@ -360,192 +794,102 @@ def list_candidates() -> None:
         print(f"{name:24}{candidate.device:6}{candidate.precision:6}{what}")
 
 
-def choose_candidates(wanted: Sequence[str] | None, device: str) -> list[str]:
+def choose_candidates(wanted: Sequence[str] | None, device: str, own: bool) -> list[str]:
     """The candidates of this run with their baselines; a CPU run lists those it lacks a GPU for."""
     for name in wanted or ():
         cli.check_name(name, CANDIDATES, "candidate")
     everything = [name for name, c in CANDIDATES.items() if device in ("cpu", c.device)]
-    chosen = {BASELINES[device], *(wanted or everything)}
-    chosen |= set(cuda_graph_baselines(chosen, device).values())
-    return [name for name in CANDIDATES if name in chosen]
+    chosen = {next(name for name, c in CANDIDATES.items() if c.device == device)}
+    chosen |= set(wanted or everything)
+    if device == "cuda":
+        precisions = {CANDIDATES[name].precision for name in chosen} & GRAPH_BASELINES.keys()
+        chosen |= {GRAPH_BASELINES[precision] for precision in precisions}
+    return [name for name, c in CANDIDATES.items() if name in chosen and (own or c.export != "own")]
 
 
-def cuda_graph_baselines(names: Iterable[str], device: str) -> dict[str, str]:
-    """For each candidate the CUDA graph that it is compared with; a CPU has none."""
-    if device == "cpu":
-        return {}
-    return {name: GRAPH_BASELINES[CANDIDATES[name].precision] for name in names}
-
-
-def choose_onnx_graphs(names: Sequence[str]) -> list[str]:
-    """The graphs that these candidates read, and the one that 8-bit graphs start from."""
-    wanted = {CANDIDATES[name].graph for name in names}
-    if any(graph and GRAPHS[graph][1] for graph in wanted):
+def choose_exports(names: Sequence[str]) -> list[str]:
+    """The exports that these candidates read, and the one that 8-bit exports start from."""
+    wanted = {CANDIDATES[name].export for name in names}
+    if any(export in EXPORTS and EXPORTS[export][1] for export in wanted):
         wanted.add("fp16")
-    return [graph for graph in GRAPHS if graph in wanted]
+    return [export for export in EXPORTS if export in wanted]
 
 
-def why_missing(name: str, device: str, graphs: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Status and reason of a candidate that cannot start here; empty if it can."""
-    candidate = CANDIDATES[name]
+def why_missing(
+    candidate: Candidate, device: str, exports: Mapping[str, Mapping[str, Any]]
+) -> Outcome | None:
+    """Why a candidate cannot start here; None if it can."""
     if candidate.device != device:
         reason = "no NVIDIA GPU is in use" if device == "cpu" else "it runs with --device cpu"
-        return {"status": "unavailable", "reason": reason}
-    graph = graphs.get(candidate.graph or "", {"status": "ok"})
-    if graph["status"] == "ok":
-        return {}
-    reason = f"no {candidate.graph} graph: {graph['reason']}"
-    return {"status": graph["status"], "reason": reason}
+        return Outcome("unavailable", reason)
+    row = exports.get(candidate.export or "", {"status": "ok"})
+    if row["status"] == "ok":
+        return None
+    return Outcome(row["status"], f"no {candidate.export} file: {row['reason']}")
 
 
-def parity_check(model: LoadedModel, images: Tensor, untrained: bool = False) -> Check:
-    """A check that compares a candidate's logits with PyTorch's, in float32 on the CPU."""
-    reference = evaluation.predict(model.module, images, model.preprocessing, len(images))
-
-    def check(row: dict[str, Any], predict: Predict) -> None:
-        row |= compare_logits(torch.from_numpy(predict(images.numpy())), reference)
-        require_parity(row, CANDIDATES[row["candidate"]].precision, untrained)
-
-    return check
-
-
-def model_cost(model: LoadedModel) -> dict[str, float]:
-    """The columns that bound a call from below: arithmetic and input."""
-    size = model.preprocessing.input_size
-    cost = count_cost(model.module, torch.zeros(1, 3, size, size))
-    return {"gflop_per_image": cost.gflop, "image_size": size}
-
-
-def write_ceilings(path: Path) -> None:
-    """Measure what this GPU can do at most, in a process of its own; a failure is only noted."""
-    outcome: dict[str, Any] = {}
-    with recorded(outcome), Worker() as worker:
-        results.write_csv(path, worker.run(measure_ceilings, "cuda"), CEILING_COLUMNS)
-    if outcome:
-        print(f"note: the GPU's ceilings were not measured: {outcome['reason']}")
-
-
-def make_job(name: str, job: EngineJob) -> EngineJob:
-    """The job of one candidate."""
-    candidate = CANDIDATES[name]
-    onnx = graph_path(job.folder, job.model, candidate.graph) if candidate.graph else None
-    job = replace(job, candidate=name, build=candidate.build, precision=candidate.precision)
-    return replace(job, onnx=onnx, needs_module=onnx is None)
-
-
-def make_rows(
-    found: Mapping[str, dict[str, Any]],
-    scores: Mapping[str, dict[str, Any]],
-    about: dict[str, Any],
-) -> list[dict[str, Any]]:
-    """The rows of one batch size and thread count, with the COLUMNS that are known.
-
-    Args:
-        found: what was measured, or why it was not, of each candidate.
-        scores: accuracies, measured once in a run.
-        about: columns that all these rows share.
-    """
-    rows = []
-    for name, row in found.items():
-        if row["status"] == "ok" and name not in scores:
-            add_reason(row, "not scored at the largest batch size")
-        known = {column: row[column] for column in COLUMNS if column in row}
-        accuracy = scores.get(name, {}) if row["status"] == "ok" else {}
-        candidate = {"candidate": name, "precision": CANDIDATES[name].precision}
-        rows.append(about | candidate | accuracy | known)
-    return rows
+def make_jobs(
+    run: Run, names: Sequence[str], job: EngineJob, exports: Mapping[str, Mapping[str, Any]]
+) -> list[EngineJob]:
+    """The job of each candidate."""
+    columns = {"gflop_per_image": run.cost.gflop, "image_size": run.model.preprocessing.input_size}
+    jobs = []
+    for name in names:
+        candidate = CANDIDATES[name]
+        precision, on_gpu = candidate.precision, candidate.device == "cuda"
+        own = replace(
+            job,
+            candidate=name,
+            build=candidate.build,
+            precision=precision,
+            export=exports.get(candidate.export or "", {}),
+            needs_module=candidate.export is None,
+            missing=why_missing(candidate, run.device, exports),
+            columns=columns | {"precision": precision},
+            graph_baseline=GRAPH_BASELINES.get(precision) if on_gpu else None,
+        )
+        jobs.append(own)
+    return jobs
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Export the graphs, then run every candidate at every batch size and thread count."""
+    """Export the ONNX files, build the engines, then measure every candidate side by side."""
     args = parse_args(argv)
     if args.list:
         list_candidates()
         return 0
     device = cli.pick_device(args.device).type
-    cli.check_threads(args.threads)
-    names = choose_candidates(args.candidates, device)
-    cli.check_name(args.dataset, data.DATASETS, "data set")
-    cli.seed_everything(args.seed)  # as in the workers: untrained weights must be the same
-    model = load_trained(args.model, args.untrained)
-    size = model.preprocessing.input_size
-    batch_sizes = sorted(args.batch_sizes, reverse=True)  # accuracy is measured at the largest
-    load = functools.partial(
-        data.load_images, args.dataset, data_dir=args.data_dir, image_size=size
-    )
-    labelled, speed = load_image_sets(
-        load, args.dataset, args.num_images, batch_sizes[0], args.seed
-    )
-    class_logits = scored_logits(model, labelled)
-    output_dir = cli.make_output_dir(args.output_dir)
-    engine_dir = cli.make_output_dir(args.engine_dir, "--engine-dir")
-    print(f"{args.model}: {len(labelled)} {labelled.split} images for accuracy, {device}")
-    if class_logits is None:
-        print("note: this model does not know these classes, so there is no accuracy to measure")
-    note_load(max(args.threads))
-
-    def some(count: int) -> Tensor:
-        return data.take_subset(labelled, min(count, len(labelled)), args.seed).images
-
-    chosen = choose_onnx_graphs(names)
-    eight_bit = any(GRAPHS[graph][1] for graph in chosen)
-    calibration = load_calibration(load, labelled, args.seed) if eight_bit else None
-    common = {"model": args.model, "untrained": args.untrained, "seed": args.seed}
-    common |= {"folder": str(engine_dir), "batch_sizes": tuple(sorted(batch_sizes))}
-    setting = {"batch_size": 1, "threads": args.threads[0], "device": "cpu"}  # of the export
-    job = EngineJob(candidate="", build=build_eager, load=load_trained, **common, **setting)
-    job = replace(job, cuda_graph=args.cuda_graph)
-    print("graphs, cosine with PyTorch")
-    graphs = export_graphs(chosen, job, calibration, some(EXPORT_IMAGES).numpy())
-    results.write_csv(output_dir / "graphs.csv", graphs.values(), GRAPH_FILE_COLUMNS)
-    environment = results.environment(model=args.model, checkpoints=model.checkpoints)
-    if args.export_only:
-        results.write_json(output_dir / "graphs_environment.json", environment)
-        print(output_dir / "graphs.csv")
-        return int(any(row["status"] == "failed" for row in graphs.values()))
-
-    cost = model_cost(model)
-    (output_dir / "ceilings.csv").unlink(missing_ok=True)  # of an earlier run
-    if device == "cuda":
-        write_ceilings(output_dir / "ceilings.csv")
-    missing = {name: why for name in names if (why := why_missing(name, device, graphs))}
-    here = [name for name in names if name not in missing]
-    built = [name for name in here if CANDIDATES[name].build == build_tensorrt]
-    engines = make_engines([make_job(name, job) for name in built])
-    missing |= {name: row for name, row in engines.items() if "status" in row}
-    rows: list[dict[str, Any]] = []
-    accuracy: dict[str, dict[str, Any]] = {}
-    check = parity_check(model, some(PARITY_IMAGES), args.untrained)
-    for threads, batch_size in itertools.product(args.threads, batch_sizes):
-        print(f"batch size {batch_size}, {threads} threads")
-        setting = {"batch_size": batch_size, "threads": threads, "device": device}
-        measured, logits = measure_setting(
-            [make_job(name, replace(job, **setting)) for name in here if name not in missing],
-            speed.images[: len(speed) // batch_sizes[0] * batch_size],
-            None if accuracy else labelled.images,
-            args.rounds,
-            args.block_seconds,
-            max_slowdown=math.inf,
-            check=check,
-            second_baselines=cuda_graph_baselines(here, device),
-            transfers=device == "cuda",
+    names = choose_candidates(args.candidates, device, bool(args.onnx))
+    with contextlib.ExitStack() as stack:
+        opened = benchmark.open_run(args, part2_network, images=not args.export_only)
+        run = stack.enter_context(opened)
+        engine_dir = cli.make_output_dir(args.engine_dir or run.folder / "engines", "--engine-dir")
+        stack.enter_context(benchmark.hold_folder(engine_dir))
+        job = EngineJob(
+            candidate="",
+            build=build_eager,
+            source=run.source,
+            device=device,
+            threads=run.threads[0],
+            export={},
+            engine_dir=engine_dir,
+            timing_dir=args.output_dir,
+            engine_batch_sizes=tuple(sorted(run.batch_sizes)),
+            optimization_level=args.optimization_level,
+            cuda_graph=args.cuda_graph,
+            capability=torch.cuda.get_device_capability() if device == "cuda" else (0, 0),
         )
-        for name, output in logits.items():
-            accuracy[name] = evaluation.accuracy_row(
-                output, logits[BASELINES[device]], labelled.labels, class_logits
-            ) | {"accuracy_batch_size": batch_size}
-        found = {n: missing.get(n) or measured[n] | engines.get(n, {}) for n in names}
-        about = {"model": args.model, "dataset": args.dataset, **cost, **setting}
-        rows += make_rows(found, accuracy, about)
-        results.write_json(output_dir / "environment.json", environment)
-        results.write_csv(output_dir / "tensorrt.csv", rows, COLUMNS)
-    results.print_table([row for row in rows if row["status"] != "unavailable"], SHOWN)
-    reasons = sorted((why["status"], why["reason"]) for why in missing.values())
-    for (status, reason), group in itertools.groupby(reasons):
-        print(f"{status}: {len(list(group))} candidates: {reason}")
-    print(output_dir / "tensorrt.csv")
-    return int(any(row["status"] == "failed" for row in (*graphs.values(), *rows)))
+        reference = make_reference(run)
+        exports = export_all(run, choose_exports(names), job, reference, args.onnx)
+        failed = any(row["status"] == "failed" for row in exports.values())
+        if args.export_only:
+            print(run.folder / "exports.csv")
+            return int(failed)
+        jobs = add_engines(make_jobs(run, names, job, exports), args.layers)
+        check, on_gpu = parity_check(reference), device == "cuda"
+        rows = benchmark.measure(run, jobs, "tensorrt.csv", COLUMNS, check, transfers=on_gpu)
+        return benchmark.finish(run, "tensorrt.csv", rows, SHOWN) or int(failed)
 
 
 if __name__ == "__main__":

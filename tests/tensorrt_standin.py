@@ -1,20 +1,20 @@
 """A stand-in for TensorRT, pycuda and cuda-bindings, for tests on a machine without a GPU.
 
-It covers the calls that `utils/tensorrt_engine.py` makes and is as strict as the real ones: calls
-fail by None or False and say why only in the log, parser errors stay in the parser, a plan runs
-only where it was built, shapes come before addresses and stay inside the profiles, the first
-enqueue cannot be captured. Device memory is host memory, and ONNX Runtime computes. Nothing but
-`install` puts it in place, and it takes pytest's monkeypatch.
+It covers the calls that Part 3 makes, and does what the bindings of TensorRT 10.6 were seen to do:
+calls fail by None or False and say why only in the log, a file that is missing is no parser error,
+a plan with a flipped byte loads, a refused enqueue leaves an empty CUDA graph that replays. Objects
+of TensorRT note themselves in `Gpu.orphans` if they end without a current context. Device memory is
+host memory, and ONNX Runtime computes. Nothing but `install` puts it in place, and it takes
+pytest's monkeypatch.
 """
 
 import ctypes
 import enum
-import hashlib
 import importlib.machinery
 import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,29 @@ import pytest
 
 MAGIC = b"standin-plan\n"
 BUILD_ERRORS = {  # as TensorRT words them; after the first it goes on building
-    "tactic": "Error Code 2: OutOfMemory (no further information): skipping this tactic",
-    "memory": "Error Code 2: OutOfMemory (no further information)",
-    "kernel": "Error Code 10: Could not find any implementation for node /head/Gelu.",
+    "tactic": ["Error Code 2: OutOfMemory (no further information): skipping this tactic"],
+    "memory": ["Cuda Runtime (out of memory)"],
+    "kernel": [
+        "NVRTC Compilation failure",
+        "Error Code 10: Could not find any implementation for node {ForeignNode[a...b]}.",
+    ],
 }
+SCRATCH = 1000  # bytes for each image of a batch
 
 
 class Gpu:
     """The state of the pretended GPU, and the faults it should show."""
 
     def __init__(self, name: str = "Stand-in GPU", capability: tuple[int, int] = (9, 0)) -> None:
-        self.name, self.capability, self.cuda = name, capability, 13_010
+        self.name, self.capability = name, capability
         self.memory_bytes = 1 << 30
-        # Of: device, driver, memory, tactic, kernel, context, enqueue, crash, capture.
+        # Of: device, driver, memory, tactic, kernel, load, context, enqueue, crash, capture,
+        # instantiate, inspector.
         self.faults: set[str] = set()
+        self.orphans: list[str] = []  # what ended after its context
+        self.scratch = 0  # bytes that execution contexts hold
+        self.executables = 0  # CUDA graphs, recorded or instantiated, that exist
+        self.phases: list[str] = []  # of builds, as a progress monitor was told
         self.broken = False  # after a crash every call fails, as on a real GPU
         self.current: list[object] = []  # the stack of contexts
         self.live: dict[int, Any] = {}  # address -> memory, device and pinned
@@ -59,6 +68,10 @@ class Gpu:
         self.allocations += 1
         return address
 
+    def taken(self) -> int:
+        """Bytes in use on the device."""
+        return self.scratch + sum(len(memory) for memory in self.live.values())
+
     def submit(self, stream: int, work: Callable[[], None]) -> None:
         """Do the work, or record it if the stream is being captured."""
         assert self.current, "no current context"
@@ -71,11 +84,19 @@ class Gpu:
 GPU = Gpu()
 
 
+class InContext:
+    """An object that must end while its context is current."""
+
+    def __del__(self) -> None:
+        if not GPU.current:
+            GPU.orphans.append(type(self).__name__)
+
+
 def install(
-    monkeypatch: pytest.MonkeyPatch, version: str = "10.13.2", gpu: Gpu | None = None
+    monkeypatch: pytest.MonkeyPatch, version: str = "10.14.1", gpu: Gpu | None = None
 ) -> Gpu:
     """Put the stand-ins in the place of the three packages until the test ends."""
-    from utils import tensorrt_engine
+    from utils import tensorrt_runner
 
     gpu = gpu or Gpu()
     monkeypatch.setattr(sys.modules[__name__], "GPU", gpu)
@@ -86,7 +107,7 @@ def install(
     sys.modules["pycuda"].driver = sys.modules["pycuda.driver"]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
     monkeypatch.setattr("cuda.bindings.driver", driver, raising=False)
-    tensorrt_engine.shared_logger.cache_clear()
+    tensorrt_runner.shared_logger.cache_clear()
     return gpu
 
 
@@ -107,8 +128,20 @@ class ILogger:
         raise NotImplementedError
 
 
-class Dims(tuple):
-    """Constructed from a sequence, as the real one is."""
+class Dims:
+    """Constructed from a sequence; no tuple, but one can be made of it."""
+
+    def __init__(self, values: Any) -> None:
+        self.values = tuple(values)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.values)
+
+    def __getitem__(self, index: int) -> int:
+        return self.values[index]
+
+    def __len__(self) -> int:
+        return len(self.values)
 
 
 class ParserError:
@@ -122,7 +155,7 @@ class ParserError:
         return self.text
 
 
-class Network:
+class Network(InContext):
     def __init__(self) -> None:
         self.model: Any = None
 
@@ -138,9 +171,12 @@ def shape_of(value: Any) -> Dims:
 
 class OnnxParser:
     def __init__(self, network: Network, logger: ILogger) -> None:
-        self.network, self.errors = network, list[ParserError]()
+        self.network, self.logger, self.errors = network, logger, list[ParserError]()
 
     def parse_from_file(self, path: str) -> bool:
+        if not Path(path).is_file():
+            self.logger.log(Severity.ERROR, f"could not open file {path}")
+            return False
         try:
             model = onnx.load(path)
         except Exception as error:
@@ -168,17 +204,25 @@ class Profile:
 
     def set_shape(self, name: str, low: Dims, best: Dims, high: Dims) -> None:
         assert all(isinstance(shape, Dims) for shape in (low, best, high))
-        if not all(a <= b <= c for a, b, c in zip(low, best, high, strict=True)):
-            raise RuntimeError("Shape provided for min is inconsistent with other shapes.")
         self.shapes[name] = (low, best, high)
+
+
+class IProgressMonitor:
+    def __init__(self) -> None:
+        self.initialised = True
+
+
+class IProfiler(IProgressMonitor):
+    pass
 
 
 class TimingCache:
     def __init__(self, content: bytes) -> None:
-        self.gpu = content.decode() or GPU.name
+        known = content.startswith(b"gpu:")  # anything else is taken, with a warning
+        self.gpu = content.removeprefix(b"gpu:").decode() if known else GPU.name
 
     def serialize(self) -> bytes:
-        return self.gpu.encode()
+        return f"gpu:{self.gpu}".encode()
 
 
 class BuilderConfig:
@@ -186,17 +230,14 @@ class BuilderConfig:
         self.flags = {flags.TF32}
         self.profiles: list[Profile] = []
         self.cache: TimingCache | None = None
-        self.limits: dict[Any, int] = {}
-        self.builder_optimization_level, self.max_aux_streams = 3, 4
+        self.builder_optimization_level, self.profiling_verbosity = 3, "LAYER_NAMES_ONLY"
+        self.progress_monitor: Any = None
 
     def set_flag(self, flag: Any) -> None:
         self.flags.add(flag)
 
     def clear_flag(self, flag: Any) -> None:
         self.flags.discard(flag)
-
-    def set_memory_pool_limit(self, pool: Any, size: int) -> None:
-        self.limits[pool] = size
 
     def create_timing_cache(self, content: bytes) -> TimingCache:
         return TimingCache(content)
@@ -228,11 +269,12 @@ class Tensors:
         self.kind = value.type.tensor_type.elem_type
 
 
-class Engine:
+class Engine(InContext):
     def __init__(self, header: dict[str, Any], model: Any, logger: ILogger, modes: Any) -> None:
-        self.profiles, self.logger = header["profiles"], logger
+        self.profiles, self.detailed, self.logger = header["profiles"], header["detailed"], logger
         self.tensors = {v.name: Tensors(v, modes.INPUT) for v in model.graph.input}
         self.tensors |= {v.name: Tensors(v, modes.OUTPUT) for v in model.graph.output}
+        self.nodes = [node.name for node in model.graph.node]
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         self.session = onnxruntime.InferenceSession(
@@ -262,30 +304,72 @@ class Engine:
     def get_tensor_profile_shape(self, name: str, index: int) -> list[Dims]:
         return [Dims(shape) for shape in self.profiles[index][name]]
 
-    def create_execution_context(self) -> "Context | None":
-        return None if "context" in GPU.faults else Context(self)
+    def create_execution_context(self, strategy: str = "STATIC") -> "Context | None":
+        if "context" in GPU.faults:
+            self.logger.log(Severity.ERROR, "Error Code 2: OutOfMemory (no further information)")
+            return None
+        return None if "no context" in GPU.faults else Context(self, strategy)
+
+    def create_engine_inspector(self) -> "Inspector":
+        return Inspector(self)
 
 
-class Context:
+class Inspector(InContext):
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.profile, self.warm = engine, 0, False
+        self.engine, self.execution_context = engine, None
+
+    def get_engine_information(self, kind: str) -> str:
+        assert (kind, self.engine.detailed) == ("JSON", True)
+        assert self.execution_context is not None
+        if "inspector" in GPU.faults:
+            self.engine.logger.log(Severity.ERROR, "Error Code 1: Myelin (No Myelin Error exists)")
+            return ""
+        outputs = [{"Name": "x", "Format/Datatype": "Row major linear FP16 format"}]
+        return json.dumps({"Layers": [{"Name": n, "Outputs": outputs} for n in self.engine.nodes]})
+
+
+class Context(InContext):
+    def __init__(self, engine: Engine, strategy: str) -> None:
+        self.engine, self.profile, self.warm, self.strategy = engine, 0, False, strategy
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
+        self.profiler: Any = None
+        self.scratch = 0
+        self._take_scratch()
+
+    def __del__(self) -> None:
+        super().__del__()
+        GPU.scratch -= self.scratch
+
+    def _take_scratch(self) -> None:
+        """That of the profile, or of the largest one where TensorRT manages it statically."""
+        (name,) = self._inputs()
+        batches = [self.engine.get_tensor_profile_shape(name, i)[2][0] for i in self._profiles()]
+        batch = max(batches) if self.strategy == "STATIC" else batches[self.profile]
+        GPU.scratch += SCRATCH * batch - self.scratch
+        self.scratch = SCRATCH * batch
+
+    def _profiles(self) -> range:
+        return range(self.engine.num_optimization_profiles)
 
     def _refuse(self, text: str) -> bool:
         self.engine.logger.log(Severity.ERROR, text)
         return False
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
-        if not 0 <= index < len(self.engine.profiles):
-            return self._refuse(f"no profile {index}")
+        assert index in self._profiles(), "the real one ends the process"
         self.profile, self.shapes, self.warm = index, {}, False
+        self._take_scratch()
         return True
 
     def set_input_shape(self, name: str, shape: Dims) -> bool:
+        if name not in self._inputs():
+            return self._refuse(f"there is no input {name}")
         low, _, high = self.engine.get_tensor_profile_shape(name, self.profile)
-        if not all(a <= b <= c for a, b, c in zip(low, shape, high, strict=True)):
-            return self._refuse(f"{shape} of {name} is outside profile {self.profile}")
+        if len(shape) != len(low) or any(
+            not a <= b <= c for a, b, c in zip(low, shape, high, strict=True)
+        ):
+            return self._refuse(f"{tuple(shape)} of {name} is outside profile {self.profile}")
         self.shapes[name], self.warm = tuple(shape), False
         return True
 
@@ -295,13 +379,11 @@ class Context:
     def get_tensor_shape(self, name: str) -> Dims:
         shape = self.shapes.get(name)
         batch = next(iter(self.shapes.values()))[0] if self.shapes else -1
-        return Dims(shape or (batch, *self.engine.get_tensor_shape(name)[1:]))
+        return Dims(shape or (batch, *tuple(self.engine.get_tensor_shape(name))[1:]))
 
     def set_tensor_address(self, name: str, address: int) -> bool:
-        if self.infer_shapes():
-            return self._refuse(f"the address of {name} came before the shapes")
-        if address % 256:
-            return self._refuse(f"{address} is not aligned")
+        if address % 4:
+            return self._refuse(f"the address of {name} must be aligned on 4 boundary")
         self.addresses[name] = address
         return True
 
@@ -316,6 +398,8 @@ class Context:
             return self._refuse("operation not permitted when stream is capturing")
         GPU.submit(stream, self._compute)
         self.warm = True
+        for name in self.engine.nodes if self.profiler else ():
+            self.profiler.report_layer_time(name, 0.5)
         return True
 
     def _inputs(self) -> list[str]:
@@ -340,11 +424,15 @@ def make_tensorrt(version: str) -> Any:
     module: Any = types.ModuleType("tensorrt")
     module.__spec__ = importlib.machinery.ModuleSpec("tensorrt", None)  # PyTorch's exporter looks
     module.__version__, module.ILogger, module.Dims = version, ILogger, Dims
-    module.OnnxParser = OnnxParser
-    module.float32 = onnx.TensorProto.FLOAT
+    module.OnnxParser, module.IProgressMonitor = OnnxParser, IProgressMonitor
+    module.IProfiler, module.float32 = IProfiler, onnx.TensorProto.FLOAT
     module.BuilderFlag = types.SimpleNamespace(**{name: name for name in names})
-    module.MemoryPoolType = types.SimpleNamespace(WORKSPACE="WORKSPACE")
+    module.ProfilingVerbosity = types.SimpleNamespace(DETAILED="DETAILED")
+    module.LayerInformationFormat = types.SimpleNamespace(JSON="JSON")
     module.TensorIOMode = types.SimpleNamespace(INPUT="INPUT", OUTPUT="OUTPUT")
+    module.ExecutionContextAllocationStrategy = types.SimpleNamespace(
+        STATIC="STATIC", ON_PROFILE_CHANGE="ON_PROFILE_CHANGE"
+    )
     module.NetworkDefinitionCreationFlag = types.SimpleNamespace(STRONGLY_TYPED=1)
 
     def check_start(logger: ILogger) -> ILogger:
@@ -353,12 +441,12 @@ def make_tensorrt(version: str) -> Any:
             raise TypeError("pybind11::init(): factory function returned nullptr")
         return logger
 
-    class Builder:
+    class Builder(InContext):
         def __init__(self, logger: ILogger) -> None:
             self.logger = check_start(logger)
 
         def create_network(self, flags: int) -> Network:
-            assert flags & 2, "weakly typed: on 10.x this ignores the graph's precisions"
+            assert flags & 2, "weakly typed: on 10.x this ignores the precisions of the file"
             return Network()
 
         def create_builder_config(self) -> BuilderConfig:
@@ -370,40 +458,71 @@ def make_tensorrt(version: str) -> Any:
         def build_serialized_network(
             self, network: Network, config: BuilderConfig
         ) -> HostMemory | None:
-            for fault in ("tactic", "memory", "kernel"):
-                if fault in GPU.faults:
-                    self.logger.log(Severity.ERROR, BUILD_ERRORS[fault])
+            report_progress(config.progress_monitor)
+            for fault in sorted(GPU.faults & BUILD_ERRORS.keys(), reverse=True):
+                for text in BUILD_ERRORS[fault]:
+                    self.logger.log(Severity.ERROR, text)
             if GPU.faults & {"memory", "kernel"} or not config.profiles or network.model is None:
                 return None
             GPU.builds += 1
-            GPU.flags = {"tf32": module.BuilderFlag.TF32 in config.flags, "limits": config.limits}
+            GPU.flags = {
+                "tf32": module.BuilderFlag.TF32 in config.flags,
+                "level": config.builder_optimization_level,
+            }
             header = {
                 "version": version,
                 "gpu": GPU.name,
-                "profiles": [profile.shapes for profile in config.profiles],
+                "detailed": config.profiling_verbosity == "DETAILED",
+                "profiles": [
+                    {name: [list(shape) for shape in shapes] for name, shapes in p.shapes.items()}
+                    for p in config.profiles
+                ],
             }
             body = json.dumps(header).encode() + b"\n" + network.model.SerializeToString()
-            return HostMemory(MAGIC + hashlib.sha256(body).digest() + body)
+            return HostMemory(MAGIC + len(body).to_bytes(8) + body)
 
-    class Runtime:
+    class Runtime(InContext):
         def __init__(self, logger: ILogger) -> None:
             self.logger = check_start(logger)
 
         def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
-            body = plan[len(MAGIC) + 32 :]
-            if plan != MAGIC + hashlib.sha256(body).digest() + body:
-                self.logger.log(Severity.ERROR, "Magic tag does not match")
-                return None
-            head, _, model = body.partition(b"\n")
-            header = json.loads(head)
-            if (header["version"], header["gpu"]) != (version, GPU.name):
-                self.logger.log(Severity.ERROR, "the engine plan was built elsewhere")
-                return None
-            graph = onnx.load_from_string(model)
-            return Engine(header, graph, self.logger, module.TensorIOMode)
+            body = plan[len(MAGIC) + 8 :]
+            text = ""
+            if not plan:
+                text = "Cannot deserialize with an empty memory buffer"
+            elif not plan.startswith(MAGIC):
+                text = "Serialization assertion magicTagRead == kPLAN_MAGIC_TAG failed"
+            elif plan != MAGIC + len(body).to_bytes(8) + body:
+                text = "Serialization assertion header.size == blobSize failed"
+            elif "load" in GPU.faults:
+                text = "Cuda Runtime (out of memory)"
+            else:
+                head, _, model = body.partition(b"\n")
+                header = json.loads(head)
+                if (header["version"], header["gpu"]) == (version, GPU.name):
+                    graph = onnx.load_from_string(model)
+                    return Engine(header, graph, self.logger, module.TensorIOMode)
+                text = "the engine plan was built elsewhere"
+            self.logger.log(Severity.ERROR, text)
+            return None
 
     module.Builder, module.Runtime = Builder, Runtime
     return module
+
+
+def report_progress(monitor: Any) -> None:
+    """A phase with a phase inside it, as a build has them."""
+    if monitor is None:
+        return
+    assert monitor.initialised
+    monitor.phase_start("Building Engine", None, 1)
+    monitor.phase_start("Timing", "Building Engine", 3)
+    for step in range(3):
+        assert monitor.step_complete("Timing", step) is True
+    monitor.phase_finish("Timing")
+    assert monitor.step_complete("Building Engine", 0) is True
+    monitor.phase_finish("Building Engine")
+    GPU.phases.append("Building Engine")
 
 
 # --- pycuda.driver --------------------------------------------------------------------------------
@@ -485,7 +604,7 @@ def make_pycuda_driver() -> Any:
     module: Any = types.ModuleType("pycuda.driver")
     module.Error, module.MemoryError = CudaError, CudaMemoryError
     module.init, module.Device, module.Stream = lambda: None, Device, Stream
-    module.get_driver_version = lambda: GPU.cuda
+    module.mem_get_info = lambda: (GPU.memory_bytes - GPU.taken(), GPU.memory_bytes)
     module.mem_alloc = DeviceAllocation
     module.pagelocked_empty = lambda shape, dtype: np.asarray(PinnedAllocation(shape, dtype))
     module.memcpy_htod_async = lambda target, array, stream: copy_async(
@@ -503,20 +622,32 @@ def make_pycuda_driver() -> Any:
 
 class CUresult(enum.IntEnum):
     CUDA_SUCCESS = 0
-    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
+    CUDA_ERROR_NOT_SUPPORTED = 801
 
 
 def make_cuda_driver() -> Any:
     module: Any = types.ModuleType("cuda.bindings.driver")
     success = CUresult.CUDA_SUCCESS
 
+    class Graph(list):
+        """Recorded work; also an empty one is a graph."""
+
+        def __bool__(self) -> bool:
+            return True
+
     def begin(stream: int, mode: Any) -> tuple[CUresult]:
         GPU.captures[stream] = []
         return (success,)
 
-    def end(stream: int) -> tuple[CUresult, list[Callable[[], None]] | None]:
-        work = GPU.captures.pop(stream)
-        return (success, work) if work else (CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, None)
+    def end(stream: int) -> tuple[CUresult, Graph]:
+        GPU.executables += 1
+        return success, Graph(GPU.captures.pop(stream))  # of a refused enqueue, it is empty
+
+    def instantiate(graph: Graph, flags: int) -> tuple[CUresult, Any]:
+        if "instantiate" in GPU.faults:
+            return CUresult.CUDA_ERROR_NOT_SUPPORTED, None
+        GPU.executables += 1
+        return success, Graph(graph)
 
     def launch(executable: list[Callable[[], None]], stream: int) -> tuple[CUresult]:
         assert GPU.current, "no current context"
@@ -525,15 +656,18 @@ def make_cuda_driver() -> Any:
             work()
         return (success,)
 
+    def destroy(graph: Graph) -> tuple[CUresult]:
+        GPU.executables -= 1
+        return (success,)
+
     module.CUresult, module.CUstream = CUresult, int
     module.CUstreamCaptureMode = types.SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
     module.cuStreamBeginCapture, module.cuStreamEndCapture = begin, end
-    module.cuGraphInstantiate = lambda graph, flags: (success, list(graph))
-    module.cuGraphLaunch = launch
-    module.cuGraphDestroy = module.cuGraphExecDestroy = lambda graph: (success,)
+    module.cuGraphInstantiate, module.cuGraphLaunch = instantiate, launch
+    module.cuGraphDestroy = module.cuGraphExecDestroy = destroy
     return module
 
 
 def read_plan(path: Path) -> dict[str, Any]:
     """The header of a plan that the stand-in built."""
-    return json.loads(path.read_bytes()[len(MAGIC) + 32 :].partition(b"\n")[0])
+    return json.loads(path.read_bytes()[len(MAGIC) + 8 :].partition(b"\n")[0])

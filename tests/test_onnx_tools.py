@@ -1,17 +1,26 @@
-"""ONNX files: any batch size, nothing bloated, checked, the same bytes each time."""
+"""ONNX files: any batch size, nothing bloated, checked; where 8-bit pairs go and what they cost."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
+import part3_tensorrt as part3
 from utils import data, onnx_tools
-from utils.models import load_model
+from utils.evaluation import centred_cosine
+from utils.models import ModelSource, load_model
+from utils.onnx_tools import check_onnx, onnx_session
+from utils.workers import UnavailableError
+
+DIGITS = ModelSource("vit_digits")
 
 
 class Residual(nn.Module):
@@ -45,136 +54,176 @@ def small_cnn() -> nn.Module:
 
 def digit_inputs(count: int, split: str = "test") -> Tensor:
     """The first preprocessed digits, float32 `[count, 3, 32, 32]`."""
-    how = load_model("vit_digits").preprocessing
+    how = load_model(DIGITS).preprocessing
     return data.preprocess(data.load_images("digits", split).images[:count], how)
+
+
+def export(module: nn.Module, path: Path, dtype: torch.dtype | None = None) -> Path:
+    """Part 3's export of a module of 32x32 images, in float32 or in place in another type."""
+    lower = part3.LowPrecision(module, dtype) if dtype else module
+    opset = 22 if dtype == torch.bfloat16 else 20
+    part3.export_onnx(lower, 32, path, {"model": "a test"}, opset)
+    return path
 
 
 @pytest.fixture(scope="module", params=["cnn", "vit"])
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[nn.Module, Path]:
-    module = small_cnn() if request.param == "cnn" else load_model("vit_digits").module
-    path = tmp_path_factory.mktemp("exported") / f"{request.param}.onnx"
-    onnx_tools.write_onnx(module, torch.zeros(1, 3, 32, 32), path)
-    return module, path
+    module = small_cnn() if request.param == "cnn" else load_model(DIGITS).module
+    folder = tmp_path_factory.mktemp("exported")
+    return module, export(module, folder / f"{request.param}.onnx")
 
 
 def test_export_agrees_with_pytorch_at_odd_batch_sizes(exported: tuple[nn.Module, Path]):
     module, path = exported
     for optimize in (True, False):
-        call = onnx_tools.onnx_session(path, 1, optimize)
+        call = onnx_session(path, 1, optimize)
         for batch_size in (1, 3, 7):
             x = digit_inputs(batch_size)
-            logits = call(x)
-            assert logits.shape == (batch_size, 10)
-            torch.testing.assert_close(torch.from_numpy(logits), module(x), rtol=1e-4, atol=1e-4)
+            logits = torch.from_numpy(call(x))
+            torch.testing.assert_close(logits, module(x), rtol=1e-4, atol=1e-4)
 
 
-def test_graph_holds_each_weight_once_and_no_resizing(exported: tuple[nn.Module, Path]):
+def test_file_holds_each_weight_once_and_no_resizing(exported: tuple[nn.Module, Path]):
     module, path = exported
-    found = onnx_tools.check_onnx(path)
-    assert found["onnx_opset"] == onnx_tools.ONNX_OPSET
+    found = check_onnx(path)
+    assert found["onnx_opset"] == 20
     weights = sum(p.numel() for p in module.parameters()) * 4 / 1e6
     assert weights < found["size_mb"] < weights + 0.05
-    operators = {node.op_type for node in onnx.load(path).graph.node}
+    model = onnx.load(path)
+    operators = {node.op_type for node in model.graph.node}
     assert not operators & {"Resize", "BatchNormalization", "Expand", "Identity", "Dropout"}
+    assert {entry.key: entry.value for entry in model.metadata_props}["model"] == "a test"
 
 
-def test_position_embedding_is_added_as_one_constant(exported: tuple[nn.Module, Path]):
+def test_attention_is_transpose_matmul_softmax_matmul(exported: tuple[nn.Module, Path]):
     module, path = exported
-    if not hasattr(module, "pos_embed"):
-        pytest.skip("a convolutional net has none")
-    graph = onnx.load(path).graph
-    (constant,) = (t for t in graph.initializer if t.name == "pos_embed")
-    np.testing.assert_array_equal(
-        onnx.numpy_helper.to_array(constant), module.get_parameter("pos_embed").numpy()
-    )
-    assert [node.op_type for node in graph.node if "pos_embed" in node.input] == ["Add"]
+    graph = ir.load(path).graph
+    softmaxes = [node for node in graph if node.op_type == "Softmax"]
+    assert len(softmaxes) == (4 if hasattr(module, "blocks") else 0)
+    for softmax in softmaxes:
+        scores = softmax.inputs[0].producer()
+        assert scores.op_type == "MatMul"
+        assert scores.inputs[1].producer().op_type == "Transpose"
+        assert [node.op_type for node in softmax.successors()] == ["MatMul"]
+    assert not {"Shape", "Concat"} & {node.op_type for node in graph}
+
+
+class Masked(nn.Module):
+    """Attention of an image's rows with a mask, as Swin's shifted windows have it."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.mean(1)
+        attended = nn.functional.scaled_dot_product_attention(
+            rows, rows, rows, attn_mask=self.mask, scale=0.3
+        )
+        return attended.mean(2)
+
+
+@pytest.mark.parametrize("boolean", [True, False])
+def test_attention_keeps_its_mask_and_scale(boolean: bool, tmp_path: Path):
+    mask = torch.ones(32, 32).tril().bool()
+    additive = torch.zeros(32, 32).masked_fill(~mask, -torch.inf)
+    module = Masked(mask if boolean else additive)
+    call = onnx_session(export(module.eval(), tmp_path / "masked.onnx"), 1)
+    x = digit_inputs(3)
+    torch.testing.assert_close(torch.from_numpy(call(x)), module(x), rtol=1e-4, atol=1e-5)
 
 
 def test_export_is_deterministic_and_keeps_no_local_path(
     exported: tuple[nn.Module, Path], tmp_path: Path
 ):
     module, path = exported
-    onnx_tools.write_onnx(module, torch.rand(5, 3, 32, 32), tmp_path / path.name)
-    content = path.read_bytes()
-    assert (tmp_path / path.name).read_bytes() == content
+    content = export(module, tmp_path / path.name).read_bytes()
+    assert path.read_bytes() == content
     assert str(Path.cwd()).encode() not in content
     assert b"stack_trace" not in content
 
 
-def test_half_precision_graph_is_float16_inside_and_float32_outside(tmp_path: Path):
-    module, path = small_cnn(), tmp_path / "half.onnx"
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision_is_inside_and_float32_outside(dtype: torch.dtype, tmp_path: Path):
+    module = small_cnn()
     x = digit_inputs(3)
     expected = module(x)
-    onnx_tools.write_onnx(onnx_tools.HalfPrecision(module), torch.zeros(1, 3, 32, 32), path)
-    graph = onnx.load(path).graph
-    outside = (*graph.input, *graph.output)
-    assert {v.type.tensor_type.elem_type for v in outside} == {onnx.TensorProto.FLOAT}
-    floats = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
-    kinds = {t.data_type for t in graph.initializer if t.data_type in floats}
-    assert kinds == {onnx.TensorProto.FLOAT16}
-    logits = torch.from_numpy(onnx_tools.onnx_session(path, 1, optimize=False)(x))
-    torch.testing.assert_close(logits, expected, rtol=0.01, atol=0.01)
+    path = export(module, tmp_path / "low.onnx", dtype)
+    check_onnx(path)
+    graph = ir.load(path).graph
+    inside = ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.BFLOAT16
+    assert {v.dtype for v in (*graph.inputs, *graph.outputs)} == {ir.DataType.FLOAT}
+    weights = [value for value in graph.initializers.values() if value.dtype in onnx_tools.FLOATS]
+    assert {value.dtype for value in weights} == {inside}
+    if dtype == torch.float16:  # ONNX Runtime's CPU has no bf16
+        logits = torch.from_numpy(onnx_session(path, 1, optimize=False)(x))
+        torch.testing.assert_close(logits, expected, rtol=0.01, atol=0.01)
 
 
-def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+class Standardised(nn.Module):
+    """A convolution whose weights are standardised in the network, as an NFNet's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 3, 16, 16))
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight - self.weight.mean(0)) / self.weight.std(0)
+        return self.head(nn.functional.conv2d(x, weight).mean((2, 3)))
+
+
+def test_weights_that_are_computed_are_folded(tmp_path: Path):
+    torch.manual_seed(0)
+    module = Standardised().eval().requires_grad_(False)
+    path = export(module, tmp_path / "folded.onnx")
+    (convolution,) = (node for node in ir.load(path).graph if node.op_type == "Conv")
+    assert onnx_tools.weight_axis(convolution) == 0
+    x = digit_inputs(2)
+    logits = torch.from_numpy(onnx_session(path, 1)(x))
+    torch.testing.assert_close(logits, module(x), rtol=1e-4, atol=1e-4)
+
+
+def test_large_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(onnx_tools, "EXTERNAL_DATA_BYTES", 10_000)
-    module, path = small_cnn(), tmp_path / "large.onnx"
-    onnx_tools.write_onnx(module, torch.zeros(1, 3, 32, 32), path)
-    copy = tmp_path / "copy.onnx"
-    onnx_tools.save_onnx(onnx.load(path), copy)
-    for file in (path, copy):
-        assert file.with_name(f"{file.name}.data").stat().st_size > 50_000
-        assert file.stat().st_size < 30_000
-        assert onnx_tools.check_onnx(file)["size_mb"] > 0.08
-        x = digit_inputs(3)
-        logits = torch.from_numpy(onnx_tools.onnx_session(file, 1)(x))
-        torch.testing.assert_close(logits, module(x), rtol=1e-4, atol=1e-4)
-    names = {"large.onnx", "large.onnx.data", "copy.onnx", "copy.onnx.data"}
-    assert {entry.name for entry in tmp_path.iterdir()} == names
+    module, path = small_cnn(), tmp_path / "large[1].onnx"
+    export(module, path)
+    names = [node.inputs[0].name for node in ir.load(path).graph if node.op_type == "Conv"]
+    ranges = onnx_tools.calibrate(path, names, [digit_inputs(2).numpy()], 1)
+    assert all(largest > 0 for largest, _ in ranges.values())
+    beside = tmp_path / "large[1].onnx.data"
+    assert beside.stat().st_size > 50_000
+    assert onnx_tools.onnx_files(path) == [path, beside]
+    (tmp_path / "large[1].onnx.more").write_bytes(b"of another")
+    assert onnx_tools.onnx_bytes(path) == path.stat().st_size + beside.stat().st_size
+    before = onnx_tools.hash_onnx(path)
+    content = bytearray(beside.read_bytes())
+    content[0] ^= 1
+    beside.write_bytes(content)
+    assert onnx_tools.hash_onnx(path) != before
 
 
-def test_failed_write_leaves_the_old_file(tmp_path: Path):
-    path = tmp_path / "model.onnx"
-    path.write_text("old")
-
-    def fail() -> None:
-        with onnx_tools.replacing_graph(path) as unfinished:
-            unfinished.write_text("half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail()
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_export_happens_once_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    module, example = small_cnn(), torch.zeros(1, 3, 32, 32)
-    path, seconds = onnx_tools.export_onnx(module, example, tmp_path)
-    assert seconds == 0
-    written = path.stat().st_mtime_ns
-    again, seconds = onnx_tools.export_onnx(module, example, tmp_path)
-    assert again == path
-    assert seconds > 0
-    assert path.stat().st_mtime_ns == written
-
-
-def test_check_refuses_a_truncated_file_and_a_fixed_batch(
-    exported: tuple[nn.Module, Path], tmp_path: Path
-):
+def test_check_refuses_what_part_3_cannot_serve(exported: tuple[nn.Module, Path], tmp_path: Path):
     _, path = exported
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"broken.onnx is no ONNX file"):
+        onnx_tools.onnx_files(broken)
     with pytest.raises(Exception, match=r"(?i)pars|protobuf|decod"):
-        onnx_tools.check_onnx(broken)
-    model = onnx.load(path)
-    for value in (*model.graph.input, *model.graph.output):
+        check_onnx(broken)
+    model = ir.load(path)
+    model.graph.outputs.append(model.graph.inputs[0])
+    ir.save(model, broken)
+    with pytest.raises(ValueError, match=r"expected \[N, 3, H, W\] in, \[N, C\] out"):
+        check_onnx(broken)
+    fixed = onnx.load(path)
+    for value in (*fixed.graph.input, *fixed.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 2
-    onnx.save(model, broken)
+    onnx.save(fixed, broken)
     with pytest.raises(Exception, match=r"batch|shape"):
-        onnx_tools.check_onnx(broken)
+        check_onnx(broken)
 
 
 def test_cuda_session_says_why_it_is_missing(
@@ -212,8 +261,265 @@ def test_8_bit_weight_shapes_are_outputs_by_inputs(tmp_path: Path):
     assert onnx_tools.onnx_int8_shapes(tmp_path / "w.onnx") == [(6, 4)]
 
 
-def test_size_counts_external_data(tmp_path: Path):
-    (tmp_path / "model.onnx").write_bytes(b"12345")
-    (tmp_path / "model.onnx.data").write_bytes(b"678")
-    (tmp_path / "other.onnx").write_bytes(b"9")
-    assert onnx_tools.onnx_bytes(tmp_path / "model.onnx") == 8
+# --- explicit quantisation ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Float16 files of the digits ViT and of a small CNN."""
+    folder = tmp_path_factory.mktemp("halves")
+    modules = {"vit": load_model(DIGITS).module, "cnn": small_cnn()}
+    return {
+        name: export(module, folder / f"{name}.onnx", torch.float16)
+        for name, module in modules.items()
+    }
+
+
+def quantize(
+    source: Path, target: Path, kind: str, parts: Sequence[str], per_channel: bool = True
+) -> dict[str, float]:
+    tensors = list(dict.fromkeys(onnx_tools.find_activations(source, parts, kind)))
+    batches = [batch.numpy() for batch in digit_inputs(64, "train").split(8)]
+    ranges = onnx_tools.calibrate(source, tensors, batches, 1)
+    return onnx_tools.quantize_onnx(source, target, kind, parts, ranges, per_channel)
+
+
+def restored(node: ir.Node) -> list[bool]:
+    """For each of the first two inputs: does it come from a DequantizeLinear?"""
+    makers = [value.producer() for value in node.inputs[:2]]
+    return [maker is not None and maker.op_type == "DequantizeLinear" for maker in makers]
+
+
+def quantized_products(path: Path) -> list[ir.Node]:
+    products = [node for node in ir.load(path).graph if node.op_type in onnx_tools.PRODUCTS]
+    return [node for node in products if all(restored(node))]
+
+
+def test_of_a_vit_the_linear_layers_are_quantised(halves: dict[str, Path], tmp_path: Path):
+    counts = quantize(halves["vit"], tmp_path / "q.onnx", "int8", ["linear"])
+    # Four blocks of four linear layers. Neither the stem's convolutions, nor the attention's eight
+    # products, nor the classifier.
+    assert [node.op_type for node in quantized_products(tmp_path / "q.onnx")] == ["MatMul"] * 16
+    assert (counts["quantized_weights"], counts["weights"]) == (16, 22)
+    assert 50 < counts["quantized_work_percent"] < 95
+    graph = ir.load(tmp_path / "q.onnx").graph
+    makers = [value.producer() for node in graph for value in node.inputs if value is not None]
+    restoring = [maker for maker in makers if maker and maker.op_type == "DequantizeLinear"]
+    assert len(restoring) == 32  # nothing else reads a restored tensor
+
+
+def test_of_a_cnn_the_convolutions_are_quantised_in_int8_only(
+    halves: dict[str, Path], tmp_path: Path
+):
+    quantize(halves["cnn"], tmp_path / "q.onnx", "int8", ["linear"])
+    kinds = [node.op_type for node in quantized_products(tmp_path / "q.onnx")]
+    assert sorted(kinds) == ["Conv", "Conv", "Gemm"]
+    with pytest.raises(UnavailableError, match=r"next to nothing to quantise: 1 of 5 weights, 0 %"):
+        quantize(halves["cnn"], tmp_path / "f.onnx", "fp8", ["linear"])
+    with pytest.raises(UnavailableError, match="int8 could serve no attention operators"):
+        quantize(halves["cnn"], tmp_path / "f.onnx", "int8", ["linear", "attention"])
+    assert not (tmp_path / "f.onnx").exists()
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_scales_are_symmetric_and_of_each_output_channel(
+    per_channel: bool, halves: dict[str, Path], tmp_path: Path
+):
+    quantize(halves["cnn"], tmp_path / "q.onnx", "int8", ["linear"], per_channel)
+    for node in quantized_products(tmp_path / "q.onnx"):
+        activation, weight = (value.producer() for value in node.inputs[:2])
+        original = weight.inputs[0].producer().inputs[0].const_value.numpy().astype(np.float32)
+        others = tuple(range(1, original.ndim)) if per_channel else None
+        scales = weight.inputs[1].const_value.numpy()
+        assert scales.dtype == np.float16
+        expected = np.abs(original).max(axis=others) / 127
+        np.testing.assert_allclose(scales.astype(np.float32), expected, rtol=0.01)
+        assert ("axis" in weight.attributes) is per_channel
+        assert activation.inputs[1].const_value.numpy().shape == ()
+        for pair in (activation, weight):
+            assert pair.inputs[2].dtype == ir.DataType.INT8
+            assert not pair.inputs[2].const_value.numpy().any()
+            assert list(pair.inputs[0].producer().inputs)[1:] == list(pair.inputs)[1:]
+
+
+def test_attention_and_residual_are_variants(halves: dict[str, Path], tmp_path: Path):
+    quantize(halves["vit"], tmp_path / "a.onnx", "int8", ["linear", "attention"])
+    assert len(quantized_products(tmp_path / "a.onnx")) == 24
+    quantize(halves["vit"], tmp_path / "r.onnx", "int8", ["linear", "residual"])
+    sums = [node for node in ir.load(tmp_path / "r.onnx").graph if node.op_type == "Add"]
+    assert sorted(map(restored, sums))[-8:] == [[True, False]] * 8
+    assert sum(any(restored(node)) for node in sums) == 8  # no bias, no addition of shapes
+
+
+@pytest.mark.parametrize(
+    ("network", "kind", "parts", "fidelity"),
+    [
+        ("vit", "int8", ["linear", "attention"], 0.999),
+        ("vit", "int8", ["linear", "residual"], 0.999),
+        ("vit", "fp8", ["linear", "attention"], 0.995),
+        ("cnn", "int8", ["linear", "residual"], 0.999),
+    ],
+)
+def test_quantised_file_is_valid_and_close(
+    network: str,
+    kind: str,
+    parts: list[str],
+    fidelity: float,
+    halves: dict[str, Path],
+    tmp_path: Path,
+):
+    path = tmp_path / "q.onnx"
+    quantize(halves[network], path, kind, parts, per_channel=kind == "int8")
+    check_onnx(path)
+    x = digit_inputs(45)
+    plain, logits = (
+        torch.from_numpy(onnx_session(file, 1, optimize=False)(x))
+        for file in (halves[network], path)
+    )
+    assert fidelity < centred_cosine(logits, plain) < 1 - 1e-7
+    zeros = [v for name, v in ir.load(path).graph.initializers.items() if name.endswith("_zero")]
+    assert {value.dtype for value in zeros} == {onnx_tools.TYPES[kind]}
+
+
+def make_graph(nodes: Sequence[Any], weights: dict[str, tuple[int, ...]]) -> ir.Graph:
+    """A graph from `images`; all tensors but the weights are float32 `[batch, 32, 8, 8]`."""
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    names = [name for node in nodes for name in node.output]
+    shape = ("batch", 32, 8, 8)
+    values = [helper.make_tensor_value_info(name, kind, shape) for name in ("images", *names)]
+    constants = [
+        numpy_helper.from_array(np.ones(size, np.float32), name) for name, size in weights.items()
+    ]
+    graph = helper.make_graph(
+        nodes, "g", values[:1], values[-1:], constants, value_info=values[1:-1]
+    )
+    opset = helper.make_opsetid("", 20)
+    return ir.from_proto(helper.make_model(graph, opset_imports=[opset], ir_version=10)).graph
+
+
+def make_node(operator: str, inputs: str, output: str) -> Any:
+    return onnx.helper.make_node(operator, inputs.split(), [output], name=output)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "skip"),
+    [
+        ("plain scaled", "plain"),  # LayerScale's Mul lies between the product and the sum
+        ("scaled plain", "plain"),
+        ("images biased", "images"),
+        ("plain images", "images"),
+        ("scaled product", "product"),
+        ("scores bias", None),  # attention scores and a computed bias: neither leads to the other
+        ("conv shortcut", None),  # a projection shortcut
+        ("plain constant", None),
+    ],
+)
+def test_the_skip_of_a_sum_leads_to_its_other_input(inputs: str, skip: str | None):
+    nodes = [
+        make_node("Relu", "images", "plain"),
+        make_node("Conv", "images kernel", "shortcut"),
+        make_node("Conv", "plain kernel", "conv"),
+        make_node("MatMul", "plain matrix", "product"),
+        make_node("Add", "constant product", "biased"),
+        make_node("Mul", "biased constant", "scaled"),
+        make_node("Sigmoid", "images", "bias"),
+        make_node("MatMul", "plain plain", "scores"),
+        make_node("Add", inputs, "sum"),
+    ]
+    weights = {"kernel": (32, 32, 1, 1), "matrix": (32, 32), "constant": (32,)}
+    sites = onnx_tools.find_sites(make_graph(nodes, weights), ["residual"], "int8")
+    assert [(site.node.name, site.value.name) for site in sites] == (
+        [("sum", skip)] if skip else []
+    )
+
+
+TWO_HEADS = [("MatMul", "body head", "a"), ("MatMul", "x head2", "b")]
+
+
+@pytest.mark.parametrize(
+    "tail",
+    [
+        [("MatMul", "body head", "a"), ("Add", "a constant", "out")],
+        # Two heads whose logits are averaged, as of a distilled network.
+        [*TWO_HEADS, ("Add", "a b", "c"), ("Mul", "c constant", "out")],
+        # An auxiliary head whose largest logits are added.
+        [*TWO_HEADS, ("ReduceMax", "b", "c"), ("Add", "a c", "out")],
+        # No head: neither a residual branch nor what is normalised is a classifier.
+        [("Add", "x body", "out")],
+        [("Sigmoid", "body", "out")],
+    ],
+)
+def test_classifiers_are_what_the_output_is_made_of(tail: list[tuple[str, str, str]]):
+    nodes = [make_node("Relu", "images", "x"), make_node("MatMul", "x matrix", "body")]
+    nodes += [make_node(*step) for step in tail]
+    weights = dict.fromkeys(("matrix", "head", "head2"), (32, 32)) | {"constant": (32,)}
+    sites = onnx_tools.find_sites(make_graph(nodes, weights), ["linear"], "int8")
+    assert [site.node.name for site in sites if site.axis is not None] == ["body"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "matrix", "quantized"),
+    [
+        ((32, 32, 3, 3), (32, 32), ["conv", "product"]),  # a convolutional network
+        ((32, 16, 1, 1), (32, 64), ["product"]),  # mostly linear: a patch embedding stays as it is
+        ((32, 1, 3, 3), (32, 32), ["product"]),  # depthwise
+        ((32, 32, 3, 3), (32, 8), ["conv"]),  # narrow
+    ],
+)
+def test_wide_products_are_quantised(
+    kernel: tuple[int, ...], matrix: tuple[int, ...], quantized: list[str]
+):
+    nodes = [
+        make_node("Conv", "images kernel", "conv"),
+        make_node("MatMul", "conv matrix", "product"),
+    ]
+    nodes += [make_node("Relu", "product", "out")]
+    graph = make_graph(nodes, {"kernel": kernel, "matrix": matrix})
+    for kind in ("int8", "fp8"):
+        sites = onnx_tools.find_sites(graph, ["linear"], kind)
+        wanted = [name for name in quantized if kind == "int8" or name != "conv"]
+        assert [site.node.name for site in sites if site.axis is not None] == wanted
+
+
+def test_range_counts_every_channel(tmp_path: Path):
+    """1.2 million values, 384 channels: every 24th value would always be of the same 16."""
+    values = np.random.default_rng(0).normal(size=(3200, 384)).astype(np.float32)
+    values[:, 5] = 20
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    tensors = [helper.make_tensor_value_info(n, kind, ["batch", 384]) for n in ("images", "inner")]
+    graph = helper.make_graph([make_node("Relu", "images", "inner")], "g", tensors[:1], tensors[1:])
+    opset = helper.make_opsetid("", 20)
+    onnx.save(helper.make_model(graph, opset_imports=[opset], ir_version=10), tmp_path / "g.onnx")
+    batches = [values[:3000], values[3000:]]  # the last is incomplete
+    largest, best = onnx_tools.calibrate(tmp_path / "g.onnx", ["inner"], batches, 1)["inner"]
+    assert largest == 20
+    assert best == pytest.approx(20, rel=0.05)
+
+
+def test_clipping_gives_up_an_outlier_for_precision():
+    values = np.abs(np.random.default_rng(0).normal(size=100_000)).astype(np.float32)
+    values[0] = 20
+    assert onnx_tools._best_range(values, 20.0) < 15
+    uniform = np.linspace(0, 1, 10_000, dtype=np.float32)
+    assert onnx_tools._best_range(uniform, 1.0) == pytest.approx(1, abs=0.03)
+
+
+def test_nan_in_an_activation_stops_the_calibration(halves: dict[str, Path]):
+    batch = digit_inputs(2).numpy()
+    batch[1, 0, 0, 0] = np.nan
+    name = onnx_tools.find_activations(halves["cnn"], ["linear"], "int8")[0]
+    with pytest.raises(FloatingPointError, match="NaN"):
+        onnx_tools.calibrate(halves["cnn"], [name], [batch], 1)
+    assert not list(halves["cnn"].parent.glob(".*"))
+
+
+def test_channel_of_zeros_keeps_a_scale(tmp_path: Path):
+    module = small_cnn()
+    module.get_parameter("1.conv.weight")[3] = 0
+    source = export(module, tmp_path / "half.onnx", torch.float16)
+    quantize(source, tmp_path / "q.onnx", "int8", ["linear"])
+    constants = ir.load(tmp_path / "q.onnx").graph.initializers.items()
+    scales = [value.const_value.numpy() for name, value in constants if name.endswith("_scale")]
+    assert min(float(scale.min()) for scale in scales) > 0
+    logits = onnx_session(tmp_path / "q.onnx", 1, optimize=False)(digit_inputs(3))
+    assert np.isfinite(logits).all()

@@ -1,39 +1,26 @@
-"""Build, keep and run a TensorRT engine: an ONNX file in, logits out; pycuda, no PyTorch.
+"""Run a TensorRT engine with pycuda: images in, logits out, as a CUDA graph; no PyTorch.
 
-    recipe = Recipe(Path("model-fp16.onnx"), "fp16", batch_sizes=(1, 8))
-    with open_runner(recipe, Path("engines"), batch_size=8) as runner:
-        logits = runner.infer(images)  # float32 [8, 3, S, S] -> [8, C], host to host
+    with primary_context(), Runner(read_plan(Path("model.plan")), batch_size=8) as runner:
+        logits = runner.infer(images)  # float32 [8, 3, H, W] -> [8, C], host to host
 
-Networks are strongly typed, so the ONNX graph alone decides each tensor's precision, and the same
-code serves TensorRT from 10.13 on, 11 included. An engine has one optimisation profile for each
-batch size. A plan is code: open only folders of engines that you trust.
+A plan is code: open only plans that you trust. TensorRT's objects must be gone before the CUDA
+context that they live in: hold none outside `Runner`.
 """
 
 import contextlib
 import functools
+import hashlib
 import importlib
-import sys
-import time
+import json
+import traceback
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from utils.engine_cache import (
-    Recipe,
-    identify,
-    plan_path,
-    read_engine,
-    timing_cache_path,
-    write_engine,
-)
-from utils.files import replace_file
-
-if TYPE_CHECKING:
-    import tensorrt as trt
+PROFILED_RUNS = 10  # whose layer times are averaged
 
 
 class MissingError(ImportError):
@@ -44,45 +31,7 @@ class EngineError(RuntimeError):
     """TensorRT refused; the text is its own messages."""
 
 
-class UnsupportedError(EngineError):
-    """This TensorRT has no importer or no kernel for one of the graph's operators."""
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A deserialised engine and where it came from."""
-
-    engine: "trt.ICudaEngine"
-    size_bytes: int
-    build_seconds: float  # when it was built, now or in an earlier run
-    cached: bool
-
-
-def make_engine(recipe: Recipe, folder: Path) -> tuple[float, bool]:
-    """Have the engine in `folder`; the seconds its build took, and whether it was there before.
-
-    In a process of its own this gives the build the GPU's memory, which `open_runner` would share
-    with whatever else the process holds.
-    """
-    require_libraries()
-    with primary_context() as device:
-        opened = open_engine(recipe, folder, describe_gpu(device))
-        found = opened.build_seconds, opened.cached
-        del opened  # before its context
-    return found
-
-
-@contextlib.contextmanager
-def open_runner(
-    recipe: Recipe, folder: Path, batch_size: int, cuda_graph: bool = True
-) -> Iterator["Runner"]:
-    """Take the engine from `folder`, or build it, and hold all it needs until the end."""
-    require_libraries()
-    with primary_context() as device:
-        opened = open_engine(recipe, folder, describe_gpu(device))
-        with Runner(opened, batch_size, cuda_graph) as runner:
-            del opened
-            yield runner
+# --- libraries, context, messages -----------------------------------------------------------------
 
 
 def require_libraries() -> None:
@@ -102,6 +51,7 @@ def require_libraries() -> None:
 @contextlib.contextmanager
 def primary_context(ordinal: int = 0) -> Iterator[Any]:
     """Make a GPU's primary context current, which PyTorch uses too; yields the pycuda device."""
+    require_libraries()
     import pycuda.driver as cuda
 
     try:
@@ -113,21 +63,18 @@ def primary_context(ordinal: int = 0) -> Iterator[Any]:
     context.push()
     try:
         yield device
+    except BaseException as error:
+        release_frames(error)
+        raise
     finally:
         context.detach()  # after pop() a destructor would end it as if it were not the primary one
 
 
-def describe_gpu(device: Any) -> dict[str, str]:
-    """What of a GPU and its driver an engine depends on."""
-    import pycuda.driver as cuda
-
-    major, minor = device.compute_capability()
-    cuda_major = cuda.get_driver_version() // 1000
-    return {
-        "gpu": device.name(),
-        "compute_capability": f"{major}.{minor}",
-        "cuda": f"{cuda_major}",
-    }
+def release_frames(error: BaseException | None) -> None:
+    """Drop the local variables of a failure's frames: builders and engines among them."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 @functools.cache
@@ -142,31 +89,31 @@ def shared_logger() -> Any:
 
         def log(self, severity: Any, msg: str) -> None:
             if int(severity) <= int(trt.ILogger.Severity.ERROR):
-                self.errors.append(msg)
+                self.errors.append(" ".join(msg.split()))
 
     return Logger()
 
 
-def take_errors() -> str:
-    """What the logger collected, which it then forgets: errors that TensorRT overcame, too."""
+def take_errors() -> list[str]:
+    """What the logger collected, which it then forgets; not the kernels that were only skipped."""
     errors = shared_logger().errors
-    text = "; ".join(errors)
+    found = [error for error in dict.fromkeys(errors) if "skipping" not in error.lower()]
     errors.clear()
-    return text
+    return found
 
 
 def refusal(what: str) -> Exception:
-    """The exception that carries what the logger collected."""
-    text = "; ".join(filter(None, [what, take_errors()]))
-    if "outofmemory" in text.lower().replace(" ", ""):  # TensorRT writes it in one, CUDA in three
+    """The exception that carries the first error that the logger collected, and the last."""
+    errors = take_errors()
+    text = "; ".join([what, *errors[:1], *errors[1:][-1:]])
+    if "outofmemory" in "".join(errors).lower().replace(" ", ""):  # written in one word or in three
         return MemoryError(text)
-    if "could not find any implementation" in text.lower():
-        return UnsupportedError(text)
     return EngineError(text)
 
 
 def create(kind: Callable[[Any], Any]) -> Any:
     """A `trt.Builder` or `trt.Runtime` with the process's logger."""
+    take_errors()  # of earlier work
     try:
         return kind(shared_logger())
     except TypeError as error:  # all that the binding says when CUDA does not start
@@ -175,111 +122,40 @@ def create(kind: Callable[[Any], Any]) -> Any:
         ) from error
 
 
-def open_engine(recipe: Recipe, folder: Path, gpu: dict[str, str]) -> Opened:
-    """The engine from `folder` if a fitting, undamaged one is there, else a new one.
+# --- plans ----------------------------------------------------------------------------------------
+
+
+def read_plan(path: Path) -> bytes:
+    """A plan that is the one its card (`.json` beside it) tells of.
+
+    TensorRT loads a plan with a flipped byte without a word.
 
     Raises:
-        EngineError, MemoryError: TensorRT cannot parse, build or load it.
+        EngineError: the plan or its card is missing or damaged.
+    """
+    try:
+        plan = path.read_bytes()
+        digest = json.loads(path.with_suffix(".json").read_text())["sha256"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise EngineError(f"{path} has no readable plan or card: {error}") from error
+    if digest != hashlib.sha256(plan).hexdigest():
+        raise EngineError(f"{path} is damaged: it is not the plan of its card")
+    return plan
+
+
+def load_engine(plan: bytes) -> Any:
+    """Deserialise a plan.
+
+    Raises:
+        MemoryError: the GPU has too little memory for it.
+        EngineError: it is damaged, or made by another TensorRT or for another GPU.
     """
     import tensorrt as trt
 
-    identity = identify(recipe, gpu, trt.__version__)
-    path = plan_path(folder, recipe, identity)
-    runtime = create(trt.Runtime)
-    if found := read_engine(path, identity):
-        engine = runtime.deserialize_cuda_engine(found[0])
-        if engine is not None:
-            return Opened(engine, len(found[0]), found[1], cached=True)
-        take_errors()  # they say why it does not load, and it is built anew
-    start = time.perf_counter()
-    plan = build_plan(recipe, timing_cache_path(folder, identity))
-    seconds = time.perf_counter() - start
-    write_engine(path, plan, identity, seconds)
-    engine = runtime.deserialize_cuda_engine(plan)
+    engine = create(trt.Runtime).deserialize_cuda_engine(plan)
     if engine is None:
-        raise refusal(f"TensorRT cannot load the engine it built from {recipe.onnx.name}")
-    return Opened(engine, len(plan), seconds, cached=False)
-
-
-# --- building -------------------------------------------------------------------------------------
-
-
-def build_plan(recipe: Recipe, timing_cache: Path) -> bytes:
-    """Parse the graph and build its engine; the timing cache makes the next build faster."""
-    import tensorrt as trt
-
-    builder = create(trt.Builder)
-    take_errors()
-    network = builder.create_network(
-        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)  # version 11 knows nothing else
-    )
-    parse_onnx(network, recipe.onnx)
-    config = configure(builder, network, recipe)
-    cache = attach_timing_cache(config, timing_cache)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        raise refusal(f"TensorRT cannot build {recipe.onnx.name}")
-    take_errors()  # of kernels that it tried and left out
-    with contextlib.suppress(OSError):
-        timing_cache.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(timing_cache, bytes(cache.serialize()))
-    return bytes(plan)
-
-
-def parse_onnx(network: "trt.INetworkDefinition", path: Path) -> None:
-    """Parse by path, which finds external weights too; every error is printed."""
-    import tensorrt as trt
-
-    parser = trt.OnnxParser(network, shared_logger())
-    if parser.parse_from_file(str(path)):
-        return
-    errors = [parser.get_error(i) for i in range(parser.num_errors)]
-    for error in errors:
-        print(f"{path.name}: {error}", file=sys.stderr)
-    take_errors()
-    first = str(errors[0]).strip() if errors else "no reason given"
-    unsupported = any(error.code().name.startswith("UNSUPPORTED") for error in errors)
-    kind = UnsupportedError if unsupported else EngineError
-    raise kind(f"TensorRT cannot parse {path.name}, {len(errors)} errors: {first}")
-
-
-def configure(
-    builder: "trt.Builder", network: "trt.INetworkDefinition", recipe: Recipe
-) -> "trt.IBuilderConfig":
-    """Set what the graph does not decide, and a profile for each batch size.
-
-    A profile of one batch size gives faster kernels than one wide range.
-    """
-    import tensorrt as trt
-
-    config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, recipe.workspace_bytes)
-    config.builder_optimization_level = recipe.optimization_level
-    config.max_aux_streams = 0  # one stream: what the events enclose is all the work there is
-    if recipe.precision == "tf32":
-        config.set_flag(trt.BuilderFlag.TF32)
-    else:
-        config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and float32 would not be float32
-    images = network.get_input(0)
-    for batch_size in recipe.batch_sizes:
-        shape = trt.Dims([batch_size, *tuple(images.shape)[1:]])
-        profile = builder.create_optimization_profile()
-        profile.set_shape(images.name, shape, shape, shape)
-        if config.add_optimization_profile(profile) < 0:
-            raise refusal(f"TensorRT refuses a profile for batch size {batch_size}")
-    return config
-
-
-def attach_timing_cache(config: "trt.IBuilderConfig", path: Path) -> "trt.ITimingCache":
-    """Load the timing cache if it fits this GPU and TensorRT, else start one."""
-    content = b""
-    with contextlib.suppress(OSError):
-        content = path.read_bytes()
-    cache = config.create_timing_cache(content)
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
+        raise refusal("TensorRT cannot load the engine")
+    return engine
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -289,20 +165,26 @@ class Runner:
     """An engine at one batch size, with a stream, buffers and a CUDA graph of its own.
 
     Everything is allocated here, so that nothing is later. The methods only enqueue, but for
-    `infer`; work of others that shares the buffers belongs on the stream `stream_handle`.
+    `infer` and `layers`; work of others that shares the buffers belongs on `stream_handle`.
+
+    Attributes:
+        no_graph: why the engine is not replayed as a CUDA graph; empty if it is.
+        memory_bytes: of the GPU, taken by the engine with its weights, scratch and buffers.
     """
 
-    def __init__(self, opened: Opened, batch_size: int, cuda_graph: bool = True) -> None:
+    def __init__(self, plan: bytes, batch_size: int, cuda_graph: bool = True) -> None:
         import pycuda.driver as cuda
 
         self._cuda = cuda
-        self.opened: Any = opened
         self._stream: Any = cuda.Stream()
         self._context: Any = None
+        self._engine: Any = None
         self._launch: Any = self._enqueue
         self._cleanup = contextlib.ExitStack()
+        free, _ = cuda.mem_get_info()
         try:
-            self._open_context(opened.engine, batch_size)
+            self._engine = load_engine(plan)
+            self._open_context(batch_size)
             self._allocate()
             self.execute()  # the first run sets up what a capture cannot hold
             self._stream.synchronize()
@@ -313,11 +195,13 @@ class Runner:
         except BaseException:
             self.close()
             raise
+        self.memory_bytes = free - cuda.mem_get_info()[0]
 
-    def _open_context(self, engine: "trt.ICudaEngine", batch_size: int) -> None:
+    def _open_context(self, batch_size: int) -> None:
         """Create the execution context and fix its profile and shapes."""
         import tensorrt as trt
 
+        engine, strategies = self._engine, trt.ExecutionContextAllocationStrategy
         names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
         inputs = [n for n in names if engine.get_tensor_mode(n) == trt.TensorIOMode.INPUT]
         outputs = [n for n in names if n not in inputs]
@@ -325,18 +209,20 @@ class Runner:
         if len(inputs) != 1 or len(outputs) != 1 or kinds != {trt.float32}:
             raise EngineError(f"the engine has {names}: expected one float32 input and output")
         self._names = inputs[0], outputs[0]
-        context = self._context = engine.create_execution_context()
-        if context is None:
-            raise MemoryError("not enough GPU memory for the engine's execution context")
+        # Scratch memory of the chosen profile; by default it is that of the largest batch.
+        self._context = engine.create_execution_context(strategies.ON_PROFILE_CHANGE)
+        if self._context is None:
+            raise refusal("TensorRT cannot make an execution context")
         profile = find_profile(engine, inputs[0], batch_size)
-        chosen = context.set_optimization_profile_async(profile, self.stream_handle)
+        chosen = self._context.set_optimization_profile_async(profile, self.stream_handle)
         self._stream.synchronize()
         self.input_shape = (batch_size, *tuple(engine.get_tensor_shape(inputs[0]))[1:])
-        if not chosen or not context.set_input_shape(inputs[0], trt.Dims(list(self.input_shape))):
+        shape = trt.Dims(list(self.input_shape))
+        if not chosen or not self._context.set_input_shape(inputs[0], shape):
             raise refusal(f"TensorRT refuses the input shape {self.input_shape}")
-        if missing := context.infer_shapes():
+        if missing := self._context.infer_shapes():
             raise refusal(f"TensorRT wants more shapes: {missing}")
-        self.output_shape = tuple(context.get_tensor_shape(outputs[0]))
+        self.output_shape = tuple(self._context.get_tensor_shape(outputs[0]))
 
     def _allocate(self) -> None:
         """Device buffers, and pinned host buffers of the same shapes."""
@@ -365,22 +251,21 @@ class Runner:
         check_cuda(driver.cuStreamBeginCapture(stream, mode))
         enqueued = self._context.execute_async_v3(self.stream_handle)
         status, graph = driver.cuStreamEndCapture(stream)  # also after a failure: it ends the mode
-        if not enqueued or int(status) != 0:
-            return take_errors() or f"CUDA: {status}"
-        executable = check_cuda(driver.cuGraphInstantiate(graph, 0))
-        self._cleanup.callback(driver.cuGraphExecDestroy, executable)
+        if not enqueued or int(status) != 0:  # a refused enqueue leaves an empty graph that runs
+            if graph:
+                driver.cuGraphDestroy(graph)
+            return "; ".join(take_errors()) or driver.CUresult(status).name
+        status, executable = driver.cuGraphInstantiate(graph, 0)
         check_cuda(driver.cuGraphDestroy(graph))
+        if int(status) != 0:
+            return str(driver.CUresult(status).name)
+        self._cleanup.callback(driver.cuGraphExecDestroy, executable)
         self._launch = lambda: check_cuda(driver.cuGraphLaunch(executable, stream))
         return ""
 
     def _enqueue(self) -> None:
         if not self._context.execute_async_v3(self.stream_handle):
             raise refusal("TensorRT cannot run the engine")
-
-    @property
-    def uses_graph(self) -> bool:
-        """Whether the engine is replayed as a CUDA graph; `no_graph` says why not."""
-        return not self.no_graph
 
     @property
     def stream_handle(self) -> int:
@@ -410,7 +295,7 @@ class Runner:
         self._cuda.memcpy_dtod_async(self._device[self._names[0]], pointer, size, self._stream)
 
     def execute(self) -> None:
-        """Run the engine on the images in its buffer: a graph launch, or an enqueue."""
+        """Run the engine on the images in its buffer: a launch of the CUDA graph, or an enqueue."""
         self._launch()
 
     def download(self) -> np.ndarray:
@@ -429,6 +314,35 @@ class Runner:
         self._stream.synchronize()
         return logits.copy()
 
+    def layers(self) -> list[dict[str, Any]]:
+        """What the inspector tells of each layer, and its time as "ms".
+
+        Of an engine built with detailed verbosity. The inspector may have nothing to say; names and
+        times remain.
+        """
+        import tensorrt as trt
+
+        class Profiler(trt.IProfiler):
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)
+                self.ms: dict[str, float] = {}
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                self.ms[layer_name] = self.ms.get(layer_name, 0.0) + ms / PROFILED_RUNS
+
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context
+        text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+        take_errors()  # an empty answer logs one
+        described = json.loads(text)["Layers"] if text else []
+        self._context.profiler = profiler = Profiler()
+        for _ in range(PROFILED_RUNS):
+            self._enqueue()
+            self._stream.synchronize()
+        known = {layer["Name"]: layer for layer in described if isinstance(layer, dict)}
+        names = dict.fromkeys([*known, *profiler.ms])
+        return [{"Name": n, **known.get(n, {}), "ms": profiler.ms.get(n, 0.0)} for n in names]
+
     def close(self) -> None:
         """Finish the work and free everything, the context before the engine."""
         if self._stream is None:
@@ -436,7 +350,8 @@ class Runner:
         with contextlib.suppress(self._cuda.Error):  # it would hide the error that closes this
             self._stream.synchronize()
         self._cleanup.close()
-        self._context = self.opened = self._launch = self._stream = None
+        self._launch = self._context = None
+        self._engine = self._stream = None
 
     def __enter__(self) -> "Runner":
         return self
@@ -445,8 +360,11 @@ class Runner:
         self.close()
 
 
-def find_profile(engine: "trt.ICudaEngine", name: str, batch_size: int) -> int:
-    """The index of the optimisation profile that covers a batch size."""
+def find_profile(engine: Any, name: str, batch_size: int) -> int:
+    """The index of the optimisation profile that covers a batch size.
+
+    TensorRT may end the process on an index that is out of range.
+    """
     shapes = [
         engine.get_tensor_profile_shape(name, i) for i in range(engine.num_optimization_profiles)
     ]
@@ -461,5 +379,5 @@ def check_cuda(result: tuple[Any, ...]) -> Any:
     """Unpack what cuda-bindings returns: (error, value…)."""
     error, *values = result
     if int(error) != 0:
-        raise EngineError(f"CUDA: {error}")
+        raise EngineError(f"CUDA: {error.name}")
     return values[0] if values else None
