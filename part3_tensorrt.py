@@ -486,16 +486,13 @@ def make_export(
 
 
 def check_own(run: Run, path: Path, job: EngineJob, reference: Reference) -> dict[str, Any]:
-    """A row of EXPORT_COLUMNS on a user's ONNX file; UserError if it cannot serve."""
+    """A row of EXPORT_COLUMNS on a user's file."""
     row = {"model": run.source.name, "export": "own", "precision": "own", "status": "ok"}
     row |= {"file": str(path)}
-    with Worker() as worker:
-        if not (checked := attempt(worker.run, onnx_tools.check_onnx, path)).ok:
-            raise cli.UserError(f"--onnx {path}: {checked.reason}")
-        with recorded(row):
-            how = run.model.preprocessing
-            row |= worker.run(check_export, "own", path, job.threads, how, reference)
-            require_parity(row, "own", reference.trained)
+    how = run.model.preprocessing
+    with recorded(row), Worker() as worker:
+        row |= worker.run(check_export, "own", path, job.threads, how, reference)
+        require_parity(row, "own", reference.trained)
     return row
 
 
@@ -859,6 +856,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         list_candidates()
         return 0
+    if args.onnx and not (checked := attempt(onnx_tools.check_onnx, args.onnx)).ok:
+        raise cli.UserError(f"--onnx {args.onnx}: {checked.reason}")
     device = cli.pick_device(args.device).type
     names = choose_candidates(args.candidates, device, bool(args.onnx))
     with contextlib.ExitStack() as stack:
