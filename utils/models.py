@@ -1,8 +1,11 @@
-"""Named models: a PyTorch module with its preprocessing and its classes.
+"""Models by name, and your own: a PyTorch module with its preprocessing and its classes.
 
     dinov2_vits14_lc …      DINOv2 with the ImageNet-1k linear head, by Torch Hub, pinned commit
-    timm/<name>             any pretrained timm model
+    timm/<name>             a timm network with its pretrained weights, or yours by --checkpoint;
+                            also timm/hf-hub:<owner>/<name> and timm/local-dir:<folder>
     vit_tiny_imagenet …     the small reference models of `weights/`, no network needed
+    <path>.safetensors      what Part 2 trained, with its card beside it
+    <path>.onnx             a network that comes as an ONNX file (Part 3)
 
 Everything loads offline once its files are cached: TORCH_HOME holds the DINOv2 code and
 checkpoints, HF_HOME timm's. Checkpoints are read with `weights_only=True` or as safetensors, so
@@ -13,25 +16,27 @@ import hashlib
 import http.client
 import json
 import pickle
+import re
 import struct
 import sys
 import time
 import warnings
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from utils.cli import UserError, check_name, first_line
+from utils.cli import UserError, check_name, first_line, make_output_dir
 from utils.data import ImageSet, Preprocessing
-from utils.files import replace_file
+from utils.results import replace_file
 
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
 WNIDS_FILE = Path(__file__).with_name("imagenet_wnids.txt")  # the 1000 ids in logit order
@@ -43,28 +48,49 @@ DINOV2_MODELS = tuple(
 )
 DINOV2_INPUT_SIZE = 224  # pixels: 16 x 16 patches of 14, the size its accuracy is published at
 REFERENCE_MODELS = ("vit_tiny_imagenet", "vit_digits")
-
-# What torch.load and load_state_dict raise on a file that is damaged or not a state dict.
-DAMAGED_CHECKPOINT = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,  # a truncated archive: "Invalid argument"
-    RuntimeError,
-    TypeError,
-    ValueError,
-    pickle.UnpicklingError,
-    struct.error,
-)
+PART2_MODEL = "smallcnn_cifar100"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+WEIGHT_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".tar")
+# What files, hubs and networks of others raise when they are damaged, absent or do not fit.
+FOREIGN_ERRORS = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,  # no connection; also a truncated archive
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+    http.client.HTTPException,
+    pickle.UnpicklingError,
+    struct.error,
+    zipfile.BadZipFile,
+)
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Which model, with whose weights, classes and preprocessing; workers load from it."""
+
+    name: str
+    checkpoint: Path | None = None  # weights for `timm/<name>`
+    untrained: bool = False  # random weights: the same latency, no accuracy
+    classes_file: Path | None = None  # the class of each logit, one a line
+    mean: tuple[float, ...] | None = None  # this and the next three: instead of the model's own
+    std: tuple[float, ...] | None = None
+    input_size: int | None = None  # pixels
+    interpolation: str | None = None
+    seed: int = 0  # of random weights
+    network: Callable[..., Any] | None = None  # builds Part 2's network, or runs an ONNX file
+
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A float32 module in eval mode on the CPU: `[N, 3, S, S]` -> logits `[N, len(classes)]`."""
+    """A float32 module in eval mode on the CPU: `[N, 3, S, S]` -> logits `[N, C]`."""
 
     name: str
     module: nn.Module
@@ -72,41 +98,73 @@ class LoadedModel:
     classes: tuple[str, ...] | None  # logit i is classes[i]; None where they are unknown
     trained: bool = True
     checkpoints: dict[str, str] = field(default_factory=dict)  # file name -> sha256
+    classes_from: str = "the model's own"  # in words
+    num_classes: int = 0  # C; 0 where the outputs are features, not classes
 
 
-def load_model(name: str, untrained: bool = False) -> LoadedModel:
-    """Load a model by name.
-
-    Args:
-        name: one of DINOV2_MODELS or REFERENCE_MODELS, or `timm/<name>`.
-        untrained: skip the checkpoint and keep random weights (latency is the same, accuracy is
-            not measurable).
+def load_model(source: ModelSource) -> LoadedModel:
+    """Load a model; random weights are the same in every process.
 
     Raises:
-        UserError: unknown name, unreachable hub, damaged or unsafe checkpoint.
+        UserError: unknown name, unreachable hub, a checkpoint that is damaged, unsafe or of another
+            network, or a network that does not turn square RGB images into logits.
     """
-    if name.startswith("timm/"):
-        model = _load_timm(name.removeprefix("timm/"), untrained)
-    else:
-        check_name(name, (*DINOV2_MODELS, *REFERENCE_MODELS, "timm/<name>"), "model")
-        load = _load_dinov2 if name in DINOV2_MODELS else _load_reference
-        model = load(name, untrained)
-    model.module.eval().requires_grad_(False)
-    return model
+    load = _loader_of(source)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(source.seed)
+        model = load(source)
+        model.module.eval().requires_grad_(False)
+        outputs = _count_outputs(model)
+        if source.untrained:
+            open_scales(model.module, model.preprocessing.input_size)
+    # timm sets num_classes to 0 where a network ends before a classifier.
+    is_classifier = getattr(model.module, "num_classes", outputs) != 0
+    model = replace(model, num_classes=outputs if is_classifier else 0)
+    if source.classes_file is None:
+        return model
+    classes = _read_classes(source.classes_file, model)
+    return replace(model, classes=classes, classes_from=f"--classes {source.classes_file}")
 
 
-def scored_logits(model: LoadedModel, images: ImageSet) -> list[int] | None:
-    """Which logit stands for each of the data set's classes.
+def run_name(source: ModelSource) -> str:
+    """The folder of a model's results: `<model>[-<checkpoint stem>]`, slashes as dashes."""
+    stem = "" if source.checkpoint is None else f"-{source.checkpoint.stem}"
+    name = source.name.removesuffix(".safetensors").removesuffix(".onnx") + stem
+    return re.sub("[/:]+", "-", name).strip("-")
 
-    A model with 1000 ImageNet classes is scored on Tiny-ImageNet's 200 of them. None when the
-    model was not trained, or not for these classes, so that accuracy would mean nothing.
+
+def describe_preprocessing(model: LoadedModel) -> str:
+    """How images are made the model's input, for the screen."""
+    how = model.preprocessing
+    mean, std = (", ".join(f"{x:.4g}" for x in values) for values in (how.mean, how.std))
+    size = f"{how.input_size}x{how.input_size}"
+    return f"{size} pixels, {how.interpolation}, mean {mean}, standard deviation {std}"
+
+
+def scored_logits(model: LoadedModel, images: ImageSet) -> tuple[list[int] | None, str]:
+    """Which logit stands for each of the data set's classes, and where that is known from.
+
+    A model with 1000 ImageNet classes is scored on Tiny-ImageNet's 200 of them. None, and the
+    reason in words, where accuracy would mean nothing.
     """
-    if not model.trained or model.classes is None:
-        return None
-    position = {name: i for i, name in enumerate(model.classes)}
-    if not all(name in position for name in images.classes):
-        return None
-    return [position[name] for name in images.classes]
+    classes, origin, count = model.classes, model.classes_from, len(images.classes)
+    if not model.trained:
+        return None, "no accuracy: the weights are random (--untrained)"
+    if classes is None and model.num_classes == 0:
+        return None, "no accuracy: the network has no classifier"
+    if classes is None and model.num_classes == count:
+        classes, origin = images.classes, f"the sorted names of the {count} classes of images"
+    elif classes is None and model.num_classes == 1000:
+        classes, origin = imagenet_classes(), "ImageNet-1k's, as there are 1000 outputs"
+    elif classes is None:
+        counts = f"{model.num_classes} outputs for {count} classes of images"
+        return None, f"no accuracy: {counts}; name the outputs with --classes FILE"
+    position = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in images.classes if name not in position]
+    if unknown:
+        lacking = f"{unknown[0]!r}, one of {len(unknown)} of the images' {count}"
+        return None, f"no accuracy: the model's classes ({origin}) lack {lacking}"
+    return [position[name] for name in images.classes], f"classes: {origin}"
 
 
 def imagenet_classes() -> tuple[str, ...]:
@@ -114,10 +172,76 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple(WNIDS_FILE.read_text().split())
 
 
+def _loader_of(source: ModelSource) -> Callable[[ModelSource], LoadedModel]:
+    """The function that loads this kind of model; UserError for options that do not go with it."""
+    name, is_timm = source.name, source.name.startswith("timm/")
+    has_network = ":" in name if is_timm else name.endswith(".safetensors")
+    if name.endswith(WEIGHT_SUFFIXES) and not has_network:
+        remedy = f"--model timm/NAME --checkpoint {name.removeprefix('timm/')}"
+        raise UserError(f"--model {name} names weights without their network: use {remedy}")
+    if source.checkpoint is not None and not is_timm:
+        raise UserError(f"--checkpoint goes with --model timm/NAME, not with {name}")
+    if source.checkpoint is not None and source.untrained:
+        raise UserError("--checkpoint and --untrained exclude each other")
+    if is_timm:
+        return _load_timm
+    if name.endswith(".onnx"):
+        return _load_onnx
+    if name in DINOV2_MODELS:
+        return _load_dinov2
+    if not name.endswith(".safetensors"):
+        known = (*DINOV2_MODELS, *REFERENCE_MODELS, PART2_MODEL, "timm/<name>")
+        check_name(name, known, "model")
+    return _load_with_card
+
+
+def _count_outputs(model: LoadedModel) -> int:
+    """C of a model's logits `[N, C]`, from one black image."""
+    size = model.preprocessing.input_size
+    try:
+        with torch.no_grad():
+            output = model.module(torch.zeros(1, 3, size, size))
+    except FOREIGN_ERRORS as error:
+        raise UserError(
+            f"{model.name} does not take {size}x{size} pixels ({first_line(error)}): "
+            "choose another --input-size"
+        ) from error
+    if isinstance(output, Tensor) and output.ndim == 2:
+        return output.shape[1]
+    found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    raise UserError(f"{model.name} gives {found} for one image, not [1, C]: choose a classifier")
+
+
+def _read_classes(path: Path, model: LoadedModel) -> tuple[str, ...]:
+    try:
+        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --classes {path} ({first_line(error)})") from error
+    if len(names) == len(set(names)) == model.num_classes:
+        return tuple(names)
+    found = f"{len(names)} names, {len(set(names))} of them different"
+    wanted = f"each of the {model.num_classes} classes of {model.name}, one a line"
+    raise UserError(f"--classes {path} has {found}: name {wanted}, in the order of the outputs")
+
+
+def _preprocessing(own: Preprocessing, source: ModelSource) -> Preprocessing:
+    """The model's own preprocessing, but for what the user chose."""
+    names = ("input_size", "mean", "std", "interpolation")
+    chosen = {name: getattr(source, name) for name in names if getattr(source, name) is not None}
+    how = replace(own, **chosen)
+    if not len(how.mean) == len(how.std) == 3 or min(how.std) <= 0:
+        raise UserError("--mean and --std: give red's, green's and blue's, each deviation above 0")
+    return how
+
+
 # --- DINOv2 from Torch Hub ------------------------------------------------------------------------
 
 
-def _load_dinov2(name: str, untrained: bool) -> LoadedModel:
+def _load_dinov2(source: ModelSource) -> LoadedModel:
+    name = source.name
+    how = _preprocessing(Preprocessing(DINOV2_INPUT_SIZE, IMAGENET_MEAN, IMAGENET_STD), source)
+    if how.input_size % 14:
+        raise UserError(f"--input-size {how.input_size}: DINOv2 takes multiples of 14 pixels")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the repository warns that xFormers is absent
@@ -129,56 +253,52 @@ def _load_dinov2(name: str, untrained: bool) -> LoadedModel:
                 skip_validation=True,
                 verbose=False,
             )
-    except (OSError, RuntimeError, http.client.HTTPException, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"cannot load {name} from Torch Hub ({error}): connect to github.com once, or use "
-            f"--model {REFERENCE_MODELS[0]}, which needs no network"
-        ) from error
+    except FOREIGN_ERRORS as error:
+        task = f"load {name} from Torch Hub"
+        raise _hub_error(task, error, "connect to github.com once") from error
     checkpoints = {}
-    if not untrained:
+    if not source.untrained:
         backbone = name.removesuffix("_lc")
         folder = f"{DINOV2_WEIGHTS_URL}/{backbone.removesuffix('_reg')}"
         file_stem = backbone.replace("_reg", "_reg4")
         for part, suffix in ((module.backbone, "pretrain"), (module.linear_head, "linear4_head")):
-            path = _fetch_checkpoint(f"{folder}/{file_stem}_{suffix}.pth")
-            _load_state(part, path)
+            path = _load_from_url(part, f"{folder}/{file_stem}_{suffix}.pth")
             checkpoints[path.name] = sha256_of(path)
-    preprocessing = Preprocessing(DINOV2_INPUT_SIZE, IMAGENET_MEAN, IMAGENET_STD)
-    _fold_position_embedding(module.backbone, preprocessing.input_size)
-    return LoadedModel(name, module, preprocessing, imagenet_classes(), not untrained, checkpoints)
+    _fold_position_embedding(module.backbone, how.input_size)
+    classes, trained = imagenet_classes(), not source.untrained
+    return LoadedModel(name, module, how, classes, trained, checkpoints, "ImageNet-1k's")
 
 
-def _fetch_checkpoint(url: str) -> Path:
-    """Download a checkpoint into Torch Hub's cache unless it is there; return its path."""
+def _load_from_url(module: nn.Module, url: str) -> Path:
+    """Load a state dict from Torch Hub's cache, downloaded if it is not there; return its path."""
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if path.is_file():
-        return path
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path), progress=sys.stderr.isatty())
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(
-            f"cannot download {url} ({error}): put the file at {path}, add --untrained to measure "
-            f"latency only, or use --model {REFERENCE_MODELS[0]}, which needs no network"
-        ) from error
+        state = torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", progress=sys.stderr.isatty(), weights_only=True
+        )
+        module.load_state_dict(state)
+    except FOREIGN_ERRORS as error:
+        if path.is_file():
+            raise UserError(
+                f"{path} is not the checkpoint it should be, or holds more than weights "
+                f"({first_line(error)}): delete it and run again"
+            ) from error
+        remedy = f"put the file at {path}, add --untrained to measure latency only"
+        raise _hub_error(f"download {url}", error, remedy) from error
     return path
 
 
-def _load_state(module: nn.Module, path: Path) -> None:
-    """Load a `.pth` state dict without running any pickled code."""
-    try:
-        module.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    except DAMAGED_CHECKPOINT as error:
-        raise UserError(
-            f"{path} is not the checkpoint it should be, or holds more than weights "
-            f"({first_line(error)}): delete it and run again"
-        ) from error
+def _hub_error(task: str, error: Exception, remedy: str) -> UserError:
+    """What to do about a hub that cannot be reached, or about a cache that cannot be written."""
+    make_output_dir(Path(torch.hub.get_dir()), "the folder of TORCH_HOME,")
+    other = f"or use --model {REFERENCE_MODELS[0]}, which needs no network"
+    return UserError(f"cannot {task} ({first_line(error)}): {remedy}, {other}")
 
 
 def _fold_position_embedding(backbone: Any, input_size: int) -> None:
     """Replace the 518-pixel position embedding by the one interpolated to the input size.
 
-    DINOv2 interpolates in every forward pass; folded, the graph holds a constant instead.
+    DINOv2 interpolates in every forward pass; folded, an ONNX export holds a constant instead.
     """
     with torch.no_grad():
         image = torch.zeros(1, 3, input_size, input_size)
@@ -190,37 +310,141 @@ def _fold_position_embedding(backbone: Any, input_size: int) -> None:
 # --- timm -----------------------------------------------------------------------------------------
 
 
-def _load_timm(name: str, untrained: bool) -> LoadedModel:
+def _load_timm(source: ModelSource) -> LoadedModel:
     import timm
 
-    architecture = name.partition(".")[0]
-    check_name(architecture, timm.list_models(), "timm model")
+    name, checkpoint = source.name.removeprefix("timm/"), source.checkpoint
+    is_listed = ":" not in name  # else in timm's own forms, hf-hub: and local-dir:
+    if is_listed:
+        check_name(name.partition(".")[0], timm.list_models(), "timm model")
     try:
-        module = timm.create_model(name, pretrained=not untrained)
-    except (OSError, RuntimeError, ValueError) as error:
+        if checkpoint is None:
+            module = _create_timm(name, not source.untrained, source.input_size)
+        else:
+            module = _create_with_weights(name, checkpoint, source.input_size)
+    except FOREIGN_ERRORS as error:
         raise UserError(
-            f"cannot load timm/{name} ({first_line(error)}): connect to huggingface.co once, or "
-            "add --untrained to measure latency only"
+            f"cannot load {source.name} ({first_line(error)}): connect to huggingface.co once, "
+            "add --untrained to measure latency only, or bring weights with --checkpoint"
         ) from error
-    if untrained:
-        _open_layer_scale(module)
     config = timm.data.resolve_model_data_config(module)
-    preprocessing = Preprocessing(
-        config["input_size"][-1], config["mean"], config["std"], config["interpolation"]
+    channels, height, width = config["input_size"]
+    if channels != 3 or (height != width and source.input_size is None):
+        wants = f"{channels} channels of {height}x{width} pixels"
+        raise UserError(
+            f"{source.name} wants {wants}, and images here are RGB and square: "
+            "choose another model, or for another size --input-size"
+        )
+    own = Preprocessing(width, tuple(config["mean"]), tuple(config["std"]), config["interpolation"])
+    classes, origin = module.pretrained_cfg.get("label_names"), "its configuration's"
+    if is_listed and checkpoint is None and module.num_classes == 1000:
+        classes, origin = imagenet_classes(), "ImageNet-1k's"
+    return LoadedModel(
+        source.name,
+        module,
+        _preprocessing(own, source),
+        classes and tuple(classes),
+        not source.untrained,
+        {} if checkpoint is None else {checkpoint.name: sha256_of(checkpoint)},
+        origin,
     )
-    classes = imagenet_classes() if module.num_classes == 1000 else None
-    return LoadedModel(f"timm/{name}", module, preprocessing, classes, not untrained)
 
 
-def _open_layer_scale(module: nn.Module) -> None:
-    """Set LayerScale to 1: at its initial 1e-5 an untrained block does nothing, and any
-    quantisation of it would look perfect. timm calls it gamma, gamma_1 or gamma1."""
-    for name, parameter in module.named_parameters():
-        if name.rpartition(".")[2].startswith("gamma"):
-            nn.init.ones_(parameter)
+def _create_timm(name: str, pretrained: bool, input_size: int | None, **options: Any) -> Any:
+    import timm
+
+    if input_size is not None:
+        try:  # a network that is tied to one size is built for this one
+            return timm.create_model(name, pretrained=pretrained, img_size=input_size, **options)
+        except TypeError:  # others have no such argument
+            pass
+    return timm.create_model(name, pretrained=pretrained, **options)
 
 
-# --- the reference models of weights/ -------------------------------------------------------------
+def _create_with_weights(name: str, path: Path, input_size: int | None) -> Any:
+    """A timm network with a user's weights, matched by the names of the tensors.
+
+    `path` is a safetensors file or a state dict, bare or under `model_ema`, `state_dict` or `model`
+    (the first of these that is there), with or without the prefixes of DataParallel and
+    torch.compile. The classifier has as many outputs as in the file.
+    """
+    import timm
+
+    if not path.is_file():
+        raise UserError(f"--checkpoint {path} does not exist")
+    try:
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+        shapes = {key: value.shape for key, value in state.items()}
+    except FOREIGN_ERRORS as error:
+        raise UserError(
+            f"--checkpoint {path} is damaged, or holds more than weights ({first_line(error)})"
+        ) from error
+    module = _create_timm(name, False, input_size)
+    heads = module.pretrained_cfg.get("classifier") or ""
+    head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
+    classes = next(iter(shapes.get(head, ())), module.num_classes)
+    if classes != module.num_classes:
+        module = _create_timm(name, False, input_size, num_classes=classes)
+    own = {key: value.shape for key, value in module.state_dict().items()}
+    reshaped = [key for key in own if key in shapes and shapes[key] != own[key]]
+    fitting = {key: value for key, value in state.items() if key not in reshaped}
+    missing, unexpected = module.load_state_dict(fitting, strict=False)
+    misfits = {
+        "missing": [key for key in missing if key not in reshaped],
+        "unexpected": unexpected,
+        "of another shape": [f"{k} {list(shapes[k])} for {list(own[k])}" for k in reshaped],
+    }
+    found = [f"{len(k)} {what} ({', '.join(k[:3])})" for what, k in misfits.items() if k]
+    if found:
+        remedy = "is it of another network, or of another --input-size?"
+        raise UserError(f"--checkpoint {path}: timm/{name} finds {', '.join(found)}: {remedy}")
+    return module
+
+
+# --- random weights -------------------------------------------------------------------------------
+
+NOTHING = 1e-3  # weights no larger are as good as zero; an ordinary start reaches 0.04
+ADDED = re.compile("bias|beta|token|pos|embed")  # names of what is added and may well be zero
+
+
+@torch.no_grad()
+def open_scales(module: nn.Module, input_size: int) -> None:
+    """Make an untrained network depend on all its weights, as a trained one does.
+
+    Residual branches whose last norm, LayerScale or gain starts near zero, and heads that do, hide
+    what lies in them: any quantisation of it would look perfect. And BatchNorm that has seen no
+    image does not normalise: branches fade or grow from block to block.
+    """
+    for name, weight in module.named_parameters():
+        if (weight.abs() > NOTHING).any() or ADDED.search(name.rpartition(".")[2]):
+            continue
+        if sum(side > 1 for side in weight.shape) > 1:
+            nn.init.kaiming_uniform_(weight)
+        else:  # one factor, or one for each channel
+            nn.init.ones_(weight)
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
+    if not norms:
+        return
+    for norm in norms:
+        norm.train().momentum = 1.0  # takes the statistics of one batch as they are
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # last digits depend on it, and every process must find the same
+    module(torch.randn(4, 3, input_size, input_size))
+    torch.set_num_threads(threads)
+    module.eval()
+
+
+# --- ONNX files, the reference models of weights/, networks of Part 2 -----------------------------
+
+
+def _load_onnx(source: ModelSource) -> LoadedModel:
+    """What the caller's `network` makes of a file: a module with `preprocessing` and `classes`."""
+    path = Path(source.name)
+    assert source.network is not None, "pass what runs an ONNX file as ModelSource.network"
+    module = source.network(path)
+    how = _preprocessing(module.preprocessing, source)
+    checkpoints = {path.name: sha256_of(path)}
+    return LoadedModel(source.name, module, how, module.classes, checkpoints=checkpoints)
 
 
 class ConvStem(nn.Module):
@@ -283,11 +507,17 @@ def build_reference_vit(
     )
 
 
-def _load_reference(name: str, untrained: bool) -> LoadedModel:
-    """Rebuild a model from `weights/<name>.json` and `.safetensors`, written by train_reference."""
-    path = WEIGHTS_DIR / f"{name}.safetensors"
-    remedy = "git checkout weights, or python -m utils.train_reference"
-    return load_checkpoint(path, build_reference_vit, remedy, untrained)
+def _load_with_card(source: ModelSource) -> LoadedModel:
+    name, build, remedy = source.name, source.network, "git checkout weights"
+    path = Path(name) if name.endswith(".safetensors") else WEIGHTS_DIR / f"{name}.safetensors"
+    if name in REFERENCE_MODELS:
+        build, remedy = build_reference_vit, f"{remedy}, or python -m weights.train_reference"
+    elif name != PART2_MODEL:
+        remedy = f"python part2_tune.py (other weights: --model timm/NAME --checkpoint {name})"
+    assert build is not None, "pass Part 2's constructor as ModelSource.network"
+    model = load_checkpoint(path, build, remedy, source.untrained)
+    how = _preprocessing(model.preprocessing, source)
+    return replace(model, preprocessing=how, classes_from="its card's")
 
 
 # --- weights with a card: NAME.safetensors and NAME.json ------------------------------------------
