@@ -417,6 +417,7 @@ def export_onnx(module: nn.Module, example: Tensor, folder: Path) -> tuple[Path,
     if seconds.exists():
         return path, float(seconds.read_text())
     start = time.perf_counter()
+    layer: Any
     for layer in module.modules():
         if hasattr(layer, "fused_attn"):  # timm's; the exporter does not take every use of it
             layer.fused_attn = False
