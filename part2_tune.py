@@ -1,59 +1,66 @@
-"""Part 2: tune a small convolutional network for CIFAR-100, then train the best configuration.
+"""Part 2: tune a small convolutional network for CIFAR-100 within a budget of seconds.
 
-Optuna compares configurations on a held-out tenth of the training images, in short trainings; the
-best few are trained again at full length, and the best of those is the best configuration. Then the
-default and the best configuration, or presets, are trained on all training images with several
-seeds; the test images are looked at once for each trained network.
+Every trial is a whole training of `--train-seconds` on this device: how many steps that gives is
+measured before it starts, and the schedule, averaging and small images are shares of the steps.
+Optuna compares configurations on a held-out tenth of the training images. The three best and the
+default are trained again with new seeds, and the highest mean wins, be it the default's. Default
+and winner are then trained on all training images with several seeds; the test images are looked at
+once for each of these networks.
 
-    python part2_tune.py                                   # study, then final trainings
-    python part2_tune.py --quick                           # under a minute, offline: digits
-    python part2_tune.py --workers 4 --trials 200          # continues the study with 4 processes
-    python part2_tune.py --stage final --configurations deep,fast --study-name presets
-    python part2_tune.py --sampler random --study-name random         # the sampler's yardstick
-    python part2_tune.py --dataset folder --data-dir my/images        # your own classes
+    python part2_tune.py                              # on one GPU about an hour and a half
+    python part2_tune.py --quick                      # under a minute, offline: digits
+    python part2_tune.py --sampler random             # the sampler's yardstick
+    python part2_tune.py --train-seconds 170 --start cifar100-60s-gp    # from a study of 60 s
+    python part2_tune.py --stage final                # the default alone, unless there is a winner
+    python part2_tune.py --dataset folder --data-dir my/images          # your own classes
+    python part2_tune.py --storage postgresql+psycopg2://me@host/mine   # on several machines
+
+The same command again continues what was stopped or killed.
 """
 
+from utils import cli  # isort: skip  # first: it says in one line if this Python is too old
+
 import argparse
+import contextlib
 import functools
+import gc
+import hashlib
+import itertools
 import json
 import math
+import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import optuna
+import pandas as pd
 import torch
 import torch.nn.functional as F
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from utils import augmentation, cli, data, evaluation, models, results, study, tuning_report
-from utils.isolation import run_jobs
-from utils.training import (
-    Muon,
-    capture,
-    memory_format,
-    prepare_backend,
-    warmup_cosine,
-    whitening_kernels,
-)
+from utils import data, evaluation, figures, models, results, study, training
+from utils.training import Muon, capture, memory_format, prepare_backend, warmup_cosine
 
 HELD_OUT = 0.1  # share of the training images on which configurations are compared
-STUDY_NAME = "smallcnn"
+FINALIST_SEEDS = 100_000  # from here on, so that no trial has them
+START_TRIALS = 8  # taken from another study or a table
+BUDGETS = {"cuda": (60.0, 48), "cpu": (120.0, 16)}  # seconds of a training, number of trials
 QUICK = {
     "dataset": "digits",
     "device": "cpu",
-    "study_name": "quick",
-    "trials": 8,
-    "workers": 2,
-    "tune_epochs": 4,
-    "finalists": 2,
-    "final_epochs": 8,
+    "train_seconds": 2.0,
+    "trials": 5,
+    "finalists": 1,
+    "finalist_seeds": 2,
     "repeats": 2,
     "max_params": 150_000,
+    "tolerance": 100.0,  # percent: it is to show the way, on a busy machine too
+    "threads": 1,  # several would wait for each other on such small images
 }
 
 
@@ -70,116 +77,107 @@ class HParams:
     depth3: int = 3  # at a quarter
     whiten: bool = False  # a fixed convolution first; the three resolutions begin at half
     pool: bool = False  # halve the resolution by max-pooling, not by a convolution's stride
-    dropout: float = 0.0  # of the features before the classifier
-    optimizer: str = "muon"
-    learning_rate: float = 1.0  # peak, as a multiple of all usual ones
+    learning_rate: float = 1.0  # peak, as a multiple of the usual rates of Muon and SGD
     batch_size: int = 512  # images
     cutmix: float = 0.5  # share of the images that take a square from another
     colour: float = 0.0  # largest relative change of brightness, contrast and saturation
     shift: float = 1 / 8  # largest shift of an image, as a share of its side, rounded up
-    alternate: bool = False  # mirror an image in every other epoch, not at random; needs --flip
     label_smoothing: float = 0.1
-    rate_beside_muon: float = 0.2  # usual peak rate of what Muon leaves to SGD, as in PEAK_RATES
+    rate_beside_muon: float = 0.2  # usual peak rate of SGD, for what Muon does not train
     small_share: float = 0.0  # share of the steps, the first, that see smaller images: see shrink
     averaging: float = 0.0  # of the weights: the average's time constant, a share of the steps
 
 
-# Known to work with batches of 512; rates grow with the root of the batch, and learning_rate
-# multiplies them. Muon serves the kernels of the inner convolutions, SGD whatever else it trains.
-PEAK_RATES = {"sgd": 0.8, "adamw": 4e-3, "muon": 0.06}
+# Known to work with batches of 512; rates grow with the root of the batch.
+MUON_RATE = 0.06
 REFERENCE_BATCH = 512
-WEIGHT_DECAYS = {"sgd": 5e-4, "adamw": 0.05, "muon": 5e-4}
+WEIGHT_DECAY = 5e-4  # of SGD; Muon needs none
 WARMUP = 0.2  # share of the steps
 
-# A short training wants high rates, little that makes its images harder, small images first, labels
-# that are smoothed more, and pooling instead of strides.
-SHORT = HParams(
-    pool=True,
-    learning_rate=1.5,
-    cutmix=0.0,
-    shift=1 / 16,
-    alternate=True,
-    label_smoothing=0.2,
-    rate_beside_muon=0.4,
-    small_share=0.5,
-    averaging=0.08,
-)
-# Beside "tuned", the best configuration of a study.
-PRESETS = {
-    "default": HParams(),
-    # The most accurate found for 5 M parameters and three minutes: more blocks at high resolution,
-    # and images that differ more.
-    "deep": HParams(depth1=3, depth2=6, depth3=2, cutmix=0.7, colour=0.3, averaging=0.05),
-    # No block at full resolution, where it costs most.
-    "fast": replace(SHORT, depth1=0, depth2=1, depth3=2),
-    # More than --max-params allows unless it is raised to 9 M.
-    "sprint": replace(
-        SHORT,
-        width=128,
-        depth1=1,
-        depth2=1,
-        depth3=1,
-        whiten=True,
-        learning_rate=2.0,
-        batch_size=1024,
-    ),
-}
-# A minute, three minutes, 8 s and 4 s of training on an H100.
-FINAL_EPOCHS = {"default": 80, "tuned": 80, "deep": 145, "fast": 21, "sprint": 12}
+Space = Mapping[str, Any]  # hyperparameter -> distribution
 
 
-def suggest(trial: optuna.trial.BaseTrial, batch_sizes: Sequence[int]) -> HParams:
-    """The search space.
+def search_space(num_images: int) -> Space:
+    """Where Optuna looks, for a training set of this size.
 
-    A trial is several times shorter than the final training, which wants more regularisation: so
-    CutMix and dropout are searched near their usual values, and the rest stays as it is.
+    Half of it are networks of more than 5 M parameters: see `repair`.
     """
-    return HParams(
-        width=trial.suggest_int("width", 48, 96, step=16),
-        depth1=trial.suggest_int("depth1", 0, 2),
-        depth2=trial.suggest_int("depth2", 1, 3),
-        depth3=trial.suggest_int("depth3", 1, 3),
-        dropout=trial.suggest_float("dropout", 0.0, 0.2),
-        optimizer=trial.suggest_categorical("optimizer", list(PEAK_RATES)),
-        learning_rate=trial.suggest_float("learning_rate", 0.2, 2.5, log=True),
-        batch_size=trial.suggest_categorical("batch_size", list(batch_sizes)),
-        cutmix=trial.suggest_float("cutmix", 0.3, 0.7),
-    )
+    batch = smallest_batch(num_images)
+    return {
+        "width": IntDistribution(32, 128, step=32),
+        "depth1": IntDistribution(0, 4),
+        "depth2": IntDistribution(0, 6),
+        "depth3": IntDistribution(0, 4),
+        "whiten": CategoricalDistribution([False, True]),
+        "pool": CategoricalDistribution([False, True]),
+        "learning_rate": FloatDistribution(0.4, 3.0, log=True),
+        "batch_size": IntDistribution(batch, 4 * batch, step=batch),
+        "cutmix": FloatDistribution(0.0, 0.9),
+        "colour": FloatDistribution(0.0, 0.5),
+        "shift": FloatDistribution(0.0, 1 / 8),
+        "label_smoothing": FloatDistribution(0.0, 0.3),
+        "rate_beside_muon": FloatDistribution(0.1, 0.8, log=True),
+        "small_share": FloatDistribution(0.0, 0.7),
+        "averaging": FloatDistribution(0.0, 0.12),
+    }
 
 
-DEEPEST = HParams(depth1=2, depth2=3, depth3=3)  # of the search space
+def smallest_batch(num_images: int) -> int:
+    """A power of two that gives a few hundred steps an epoch, at least 32."""
+    return 2 ** max(5, int(math.log2(max(1, num_images / 150))))
 
 
-def search_space(batch_sizes: Sequence[int]) -> dict[str, optuna.distributions.BaseDistribution]:
-    """The searched hyperparameters and their ranges."""
-    trial = optuna.trial.FixedTrial(asdict(HParams(batch_size=batch_sizes[0])))
-    suggest(trial, batch_sizes)
-    return trial.distributions
+# What a network that is too large loses, in this order: hyperparameter, its least value, its step.
+REPAIRS = (("depth3", 0, 1), ("depth2", 0, 1), ("width", 32, 32), ("depth1", 0, 1))
 
 
-def batch_sizes_for(num_images: int) -> list[int]:
-    """Three powers of two that give a few hundred to a few dozen steps an epoch."""
-    smallest = 2 ** max(5, int(math.log2(max(1, num_images / 150))))
-    return [smallest, 2 * smallest, 4 * smallest]
+def repair(hparams: HParams, num_classes: int, max_params: int) -> HParams:
+    """The same configuration with at most so many parameters; UserError if there is none."""
+    for name, least, step in REPAIRS:
+        for value in range(getattr(hparams, name), least - 1, -step):
+            hparams = replace(hparams, **{name: value})  # type: ignore[arg-type]
+            if count_parameters(hparams, num_classes) <= max_params:
+                return hparams
+    fewest = count_parameters(hparams, num_classes)
+    raise cli.UserError(f"--max-params {max_params}: the smallest network has {fewest}")
 
 
-def preset(name: str, images: data.ImageSet, max_params: int) -> HParams:
-    """The preset for these training images: fewer want smaller batches."""
-    batch_size = PRESETS[name].batch_size * batch_sizes_for(len(images))[1] // REFERENCE_BATCH
-    hparams = replace(PRESETS[name], batch_size=batch_size)
-    return fit_width(hparams, len(images.classes), max_params)
+def near_ends(hparams: HParams, space: Space) -> list[str]:
+    """Hyperparameters within a tenth of an end of their range, beyond which better may lie."""
+    found = []
+    for name, value in asdict(hparams).items():
+        if not isinstance(space[name], CategoricalDistribution):
+            low, high = space[name].low, space[name].high
+            scale: Callable[[float], float] = math.log if space[name].log else float
+            if not 0.1 <= (scale(value) - scale(low)) / (scale(high) - scale(low)) <= 0.9:
+                found.append(f"{name} {value:.3g} ({low:g} to {high:g})")
+    return found
 
 
-def fit_width(hparams: HParams, num_classes: int, max_params: int) -> HParams:
-    """The same configuration, no wider than `max_params` allows; UserError if none is so small."""
-    for width in (hparams.width, *range((hparams.width - 1) // 8 * 8, 0, -8)):
-        narrower = replace(hparams, width=width)
-        if count_parameters(narrower, num_classes) <= max_params:
-            return narrower
-    least = count_parameters(narrower, num_classes)
-    raise cli.UserError(
-        f"--max-params {max_params}: the narrowest such network has {least} parameters; raise it"
-    )
+def read_start(
+    start: str, storage: optuna.storages.BaseStorage, space: Space
+) -> list[dict[str, Any]]:
+    """Up to eight configurations to begin with: the best of a study, or the first of a CSV.
+
+    Raises:
+        UserError: neither, or a configuration outside the space.
+    """
+    try:
+        if Path(start).is_file():
+            rows = [json.loads(text) for text in pd.read_csv(start).hparams.unique()]
+            params = [
+                {name: row.get(name, getattr(HParams, name)) for name in space} for row in rows
+            ]
+        else:
+            cli.check_name(start, optuna.get_all_study_names(storage), "--start")
+            found = optuna.load_study(study_name=start, storage=storage)
+            params = [trial.params for trial in study.best_trials(found)]
+        params = [p for i, p in enumerate(params) if p not in params[:i]][:START_TRIALS]
+        for row in params:
+            optuna.trial.create_trial(value=0.0, params=row, distributions=dict(space))  # checks
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise cli.UserError(f"--start {start}: {cli.first_line(error)}") from error
+    return params
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -223,10 +221,10 @@ class SmallCNN(nn.Module):
         self,
         width: int,
         depths: Sequence[int],
-        dropout: float,
         num_classes: int,
         pool: bool = False,
         whiten: bool = False,
+        dropout: float = 0.0,  # on the cards of earlier networks; it acted in training only
     ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
@@ -242,18 +240,17 @@ class SmallCNN(nn.Module):
             layers += [ResidualBlock(wide) for _ in range(depth)]
             channels = wide
         self.features = nn.Sequential(*layers)
-        self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.dropout(self.features(x).mean((2, 3))))
+        return self.head(self.features(x).mean((2, 3)))
 
 
 def architecture_of(hparams: HParams, num_classes: int) -> dict[str, Any]:
     """The arguments of SmallCNN."""
     depths = [hparams.depth1, hparams.depth2, hparams.depth3]
-    shape = {"width": hparams.width, "depths": depths, "dropout": hparams.dropout}
-    return shape | {"num_classes": num_classes, "pool": hparams.pool, "whiten": hparams.whiten}
+    shape = {"width": hparams.width, "depths": depths, "num_classes": num_classes}
+    return shape | {"pool": hparams.pool, "whiten": hparams.whiten}
 
 
 def count_parameters(hparams: HParams, num_classes: int) -> int:
@@ -262,16 +259,7 @@ def count_parameters(hparams: HParams, num_classes: int) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def load_checkpoint(path: Path) -> models.LoadedModel:
-    """Load the network that this script saved as `path`, with its card beside it.
-
-    Raises:
-        UserError: missing, damaged or foreign files.
-    """
-    return models.load_checkpoint(path, SmallCNN, "python part2_tune.py")
-
-
-# --- training: one loop for trials and final networks ---------------------------------------------
+# --- training -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -281,7 +269,7 @@ class Task:
     images: data.ImageSet
     mean: tuple[float, ...]  # per channel, on the 0-1 scale
     std: tuple[float, ...]
-    flip: bool  # mirror half of the images left-right
+    flip: bool  # mirror half of the images left-right, the other half in the next epoch
 
     @property
     def size(self) -> int:
@@ -294,20 +282,8 @@ class Task:
     @property
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and deviation on the device, `[1, 3, 1, 1]` each, to normalise with."""
-        mean, std = (augmentation.channels(values, self.device) for values in (self.mean, self.std))
+        mean, std = (training.channels(values, self.device) for values in (self.mean, self.std))
         return mean, std
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """An epoch that is over."""
-
-    epoch: int  # counted from 1
-    loss: float  # mean of its steps
-    seconds: float  # of training since the start, without evaluations between epochs
-    # Before the first step: resizing and padding of all images, a whitening convolution, choice of
-    # kernels, compilation, recording.
-    setup_seconds: float
 
 
 def make_task(images: data.ImageSet, flip: bool, device: torch.device) -> Task:
@@ -318,118 +294,192 @@ def make_task(images: data.ImageSet, flip: bool, device: torch.device) -> Task:
 def shrink(task: Task) -> Task:
     """The same task with images of 3/4 the size, rounded down to a multiple of 8, at least 8."""
     size = max(8, task.size * 3 // 32 * 8)
-    small = augmentation.resize(task.images.images, size)
+    small = training.resize(task.images.images, size)
     return replace(task, images=replace(task.images, images=small))
 
 
-def choose_mirrored(mirrored: Tensor, epoch: int, alternate: bool) -> None:
-    """Set the flags, bool `[N]`, of a random half, or of what the epoch before did not mirror."""
-    if alternate and epoch > 0:
-        mirrored.logical_not_()
-    else:
-        mirrored.copy_(torch.rand(len(mirrored), device=mirrored.device) < 0.5)
+def start_network(hparams: HParams, num_classes: int, task: Task, seed: int) -> SmallCNN:
+    """A network with fresh weights on the task's device; all that is random follows the seed.
+
+    A first convolution that is not trained decorrelates the 3x3 patches of a thousand images.
+    """
+    cli.seed_everything(seed)
+    network = SmallCNN(**architecture_of(hparams, num_classes))
+    network.to(task.device).to(memory_format=memory_format(task.device))
+    if hparams.whiten:
+        some = task.images.images[:: math.ceil(len(task.images) / 1000)]
+        x = training.normalize(some.float().div_(255), *task.statistics)
+        kernels = training.whitening_kernels(x, WHITE_CHANNELS // 2)
+        network.features[0].load_state_dict({"weight": kernels})
+    return network
 
 
-def set_whitening(network: SmallCNN, task: Task) -> None:
-    """Let the first convolution decorrelate 3x3 patches of up to a thousand of the images."""
-    some = task.images.images[:: math.ceil(len(task.images) / 1000)]
-    x = augmentation.normalize(some.float().div_(255), *task.statistics)
-    convolution = network.features[0]
-    assert isinstance(convolution, nn.Conv2d)
-    convolution.weight.copy_(whitening_kernels(x, WHITE_CHANNELS // 2))
+@dataclass(frozen=True)
+class Training:
+    """A training that is over."""
+
+    steps: int
+    loss: float  # mean over the last epoch
+    train_seconds: float  # from the first batch to the last update
+    # Before: resizing and padding of all images, choice of kernels, compilation, recording, timing.
+    setup_seconds: float
 
 
 def train(
-    network: SmallCNN, hparams: HParams, task: Task, epochs: int, compiled: bool = False
-) -> Iterator[Epoch]:
-    """Train in place under a one-cycle schedule and yield after every epoch.
+    network: SmallCNN,
+    hparams: HParams,
+    task: Task,
+    seconds: float,
+    compiled: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Training:
+    """Train in place, in as many steps as this device is expected to do in so many seconds.
 
-    Weights, shuffling and augmentation follow PyTorch's global seed; on a GPU some kernels still
-    add in varying order, so that two runs differ a little. If `averaging`, an exponential average
-    of the weights and running statistics takes their place after the last epoch. A loss that is not
-    finite is yielded as it is: the caller decides.
+    Shuffling and augmentation follow PyTorch's global seed. If `averaging`, an exponential average
+    of the weights and running statistics takes their place at the end. A loss that is not finite
+    is returned as it is.
     """
-    clock = time.perf_counter()
-    hparams = replace(hparams, batch_size=min(hparams.batch_size, len(task.images)))
+    begun = clock()
+    with unchanged(network, task.device):
+        run = prepare_run(network, hparams, task, compiled)
+        steps = count_steps(run, seconds, hparams.small_share, clock)
+    ready = clock()
+    loss = run(steps, hparams.small_share)
+    return Training(steps, loss, clock() - ready, ready - begun)
+
+
+@contextlib.contextmanager
+def unchanged(network: nn.Module, device: torch.device) -> Iterator[None]:
+    """Undo, in the end, what happened to weights, buffers and random generators."""
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+    network.load_state_dict(state)  # into the same memory, which a CUDA graph reads
+
+
+Run = Callable[[int, float], float]  # steps, share of them with small images -> loss at the end
+
+BLOCKS = 4
+BLOCK_SHARE = 0.01  # of the seconds of a training, at least, are those of a block
+
+
+def count_steps(run: Run, seconds: float, small_share: float, clock: Callable[[], float]) -> int:
+    """How many steps take so many seconds, by the mean of a few blocks for each image size."""
+
+    def time_step(small: float) -> float:
+        durations: list[float] = []
+        steps = 1
+        while len(durations) < BLOCKS:
+            begun = clock()
+            run(steps, small)
+            duration = clock() - begun
+            if durations or duration >= BLOCK_SHARE * seconds:
+                durations.append(duration / steps)
+            else:  # too short to time; and the device was still cold
+                steps *= 2
+        return statistics.fmean(durations)
+
+    step = (1 - small_share) * time_step(0.0)
+    if small_share:
+        step += small_share * time_step(1.0)
+    return max(1, round(seconds / step))
+
+
+def prepare_run(network: SmallCNN, hparams: HParams, task: Task, compiled: bool) -> Run:
+    """The training loop, for any number of steps; each run begins without momentum."""
+    batch_size = min(hparams.batch_size, len(task.images))
     if compiled:
-        torch.compiler.reset()  # graphs of earlier trainings count towards recompile_limit
-    if hparams.whiten:
-        set_whitening(network, task)
-    optimizers = make_optimizers(network, hparams)
+        torch.compiler.reset()  # code of earlier trainings counts towards recompile_limit
+    optimizers = make_optimizers(network, hparams, batch_size)
     mirrored = torch.zeros(len(task.images), dtype=torch.bool, device=task.device)
-    step = whole_step = make_step(network, optimizers, hparams, task, mirrored, compiled)
+    make = functools.partial(
+        make_step, network, optimizers, hparams, batch_size, mirrored, compiled
+    )
+    step = small_step = make(task)
     if hparams.small_share and (small := shrink(task)).size < task.size:
-        step = make_step(network, optimizers, hparams, small, mirrored, compiled)
-    steps = len(task.images) // hparams.batch_size
-    if hparams.averaging:
-        weights = [t for t in network.state_dict().values() if t.is_floating_point()]
-        averages = [t.clone() for t in weights]
-        renewed = 1 / max(1.0, hparams.averaging * epochs * steps)
-    setup_seconds, seconds = time.perf_counter() - clock, 0.0
-    for epoch in range(epochs):
-        clock = time.perf_counter()
+        small_step = make(small)
+    weights = [value for value in network.state_dict().values() if value.is_floating_point()]
+
+    def run(steps: int, small_share: float) -> float:
         network.train()
-        if task.flip:
-            choose_mirrored(mirrored, epoch, hparams.alternate)
-        batches = torch.randperm(len(task.images), device=task.device).split(hparams.batch_size)
-        losses = torch.zeros((), device=task.device)
-        for i, batch in enumerate(batches[:steps], start=epoch * steps):
+        forget_momentum(optimizers)
+        averages = [value.clone() for value in weights] if hparams.averaging else []
+        renewed = 1 / max(1.0, hparams.averaging * steps)
+        losses = torch.zeros(min(steps, len(task.images) // batch_size), device=task.device)
+        batches = itertools.islice(shuffled(task, batch_size, mirrored), steps)
+        for number, batch in enumerate(batches):
             for optimizer, peak in optimizers:
-                rate = warmup_cosine(i, epochs * steps, WARMUP * epochs * steps, peak)
+                rate = warmup_cosine(number, steps, WARMUP * steps, peak)
                 for group in optimizer.param_groups:
                     group["lr"].fill_(rate)
-            if i >= hparams.small_share * epochs * steps:
-                step = whole_step
-            losses += step(batch)
-            if hparams.averaging:
+            loss = small_step(batch) if number < small_share * steps else step(batch)
+            losses[number % len(losses)] = loss
+            if averages:
                 torch._foreach_lerp_(averages, weights, renewed)
-        if hparams.averaging and epoch == epochs - 1:
+        if averages:
             torch._foreach_copy_(weights, averages)
-        loss = float(losses) / steps  # waits for the device
-        seconds += time.perf_counter() - clock
-        yield Epoch(epoch + 1, loss, seconds, setup_seconds)
+        return float(losses.mean())  # waits for the device
+
+    return run
 
 
-def make_optimizers(
-    network: SmallCNN, hparams: HParams
-) -> list[tuple[torch.optim.Optimizer, float]]:
-    """Each optimiser with its peak learning rate; the rates are tensors, for CUDA graphs.
+def shuffled(task: Task, batch_size: int, mirrored: Tensor) -> Iterator[Tensor]:
+    """Indices of whole batches `[batch_size]`, epoch after epoch, without end.
 
-    Weight decay acts on kernels and matrices, not on normalisations and biases.
+    If the task may flip, `mirrored`, bool `[N]`, becomes a random half of the images, and the other
+    half in every second epoch (Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU").
+    """
+    number = len(task.images)
+    if task.flip:
+        mirrored.copy_(torch.rand(number, device=task.device) < 0.5)
+    while True:
+        order = torch.randperm(number, device=task.device)
+        yield from order.split(batch_size)[: number // batch_size]
+        if task.flip:
+            mirrored.logical_not_()
+
+
+# Each with its peak learning rate.
+Optimizers = tuple[tuple[Muon, float], tuple[torch.optim.SGD, float]]
+
+
+def make_optimizers(network: SmallCNN, hparams: HParams, batch_size: int) -> Optimizers:
+    """Muon for the kernels of the inner convolutions, SGD for the rest.
+
+    The rates are tensors, for CUDA graphs. Weight decay acts on kernels and matrices, not on
+    normalisations and biases.
     """
     device = network.head.weight.device
-    on_gpu = device.type == "cuda"
     kernels = [p for p in network.parameters() if p.ndim == 4 and p.requires_grad]
     vectors = [p for p in network.parameters() if p.ndim == 1]
-    multiple = hparams.learning_rate * (hparams.batch_size / REFERENCE_BATCH) ** 0.5
-    peak = multiple * PEAK_RATES[hparams.optimizer]
-    rate = torch.zeros((), device=device)
-    optimizers: list[tuple[torch.optim.Optimizer, float]] = []
-    if hparams.optimizer == "muon":
-        inner = kernels if hparams.whiten else kernels[1:]
-        optimizers.append((Muon(inner, rate, momentum=0.9), peak))
-        kernels, rate = kernels[: len(kernels) - len(inner)], torch.zeros((), device=device)
-        peak = multiple * hparams.rate_beside_muon
-    decay = WEIGHT_DECAYS[hparams.optimizer]
+    outer = 0 if hparams.whiten else 1  # number of kernels that are trained and see pixels
+    muon = Muon(kernels[outer:], torch.zeros((), device=device), momentum=0.9)
     groups = [
-        {"params": [*kernels, network.head.weight], "weight_decay": decay},
+        {"params": [*kernels[:outer], network.head.weight], "weight_decay": WEIGHT_DECAY},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    rest: torch.optim.Optimizer
-    if hparams.optimizer == "adamw":
-        rest = torch.optim.AdamW(groups, lr=rate, fused=on_gpu, capturable=on_gpu)
-    else:
-        rest = torch.optim.SGD(groups, lr=rate, momentum=0.9, nesterov=True, fused=on_gpu)
-    return [*optimizers, (rest, peak)]
+    rate = torch.zeros((), device=device)
+    sgd = torch.optim.SGD(groups, rate, momentum=0.9, nesterov=True, fused=device.type == "cuda")
+    multiple = hparams.learning_rate * (batch_size / REFERENCE_BATCH) ** 0.5
+    return (muon, multiple * MUON_RATE), (sgd, multiple * hparams.rate_beside_muon)
+
+
+def forget_momentum(optimizers: Optimizers) -> None:
+    """Set it to zero where it lies: a CUDA graph reads that memory."""
+    for optimizer, _ in optimizers:
+        for state in optimizer.state.values():
+            for momentum in state.values():
+                momentum.zero_()
 
 
 def make_step(
     network: SmallCNN,
-    optimizers: Sequence[tuple[torch.optim.Optimizer, float]],
+    optimizers: Optimizers,
     hparams: HParams,
-    task: Task,
+    batch_size: int,
     mirrored: Tensor,
     compiled: bool,
+    task: Task,
 ) -> Callable[[Tensor], Tensor]:
     """One optimisation step: indices of a batch `[batch_size]` -> its loss.
 
@@ -439,37 +489,35 @@ def make_step(
     hundred kernels one by one would take longer than running them.
     """
     on_gpu = task.device.type == "cuda"
-    padded = augmentation.pad_for_crops(task.images.images, math.ceil(task.size * hparams.shift))
-    statistics = task.statistics  # here, as the compiler would not see that they are cached
+    padded = training.pad_for_crops(task.images.images, math.ceil(task.size * hparams.shift))
+    mean, std = task.statistics  # here, as the compiler would not see that they are cached
 
     def loss_of(batch: Tensor) -> Tensor:
         x, targets = augment(padded, batch, mirrored, task, hparams)
-        x = augmentation.normalize(x, *statistics)
+        x = training.normalize(x, mean, std)
         with torch.autocast(task.device.type, torch.bfloat16, enabled=on_gpu):
             logits = network(x.to(memory_format=memory_format(task.device)))
         return F.cross_entropy(logits.float(), targets, label_smoothing=hparams.label_smoothing)
 
+    (muon, _), (sgd, _) = optimizers
     compute_loss: Callable[[Tensor], Tensor] = loss_of
-    updates: list[Callable[[], Any]] = [optimizer.step for optimizer, _ in optimizers]
-    if compiled:
+    update_kernels: Callable[[], Any] = muon.update
+    if compiled:  # SGD is fused as it is
         compute_loss = torch.compile(loss_of, dynamic=False)
-        for i, (optimizer, _) in enumerate(optimizers):
-            if isinstance(optimizer, Muon):  # the others are fused
-                updates[i] = torch.compile(optimizer.update, dynamic=False)
+        update_kernels = torch.compile(muon.update, dynamic=False)
 
     def step(batch: Tensor) -> Tensor:
         loss = compute_loss(batch)
         loss.backward()
-        for update in updates:
-            update()
+        update_kernels()
+        sgd.step()
         network.zero_grad()
         return loss.detach()
 
     if not on_gpu:
         return step
     network.train()
-    example = torch.randperm(len(task.images), device=task.device)[: hparams.batch_size]
-    return capture(step, example)
+    return capture(step, torch.randperm(len(task.images), device=task.device)[:batch_size])
 
 
 def augment(
@@ -480,54 +528,40 @@ def augment(
     Pixels are from 0 to 1, and beyond that if `colour`: not cut off, as the network has no use for
     the limits.
     """
-    x = augmentation.crop_and_flip(padded, batch, task.size, mirrored).float().div_(255)
+    x = training.crop_and_flip(padded, batch, task.size, mirrored).float().div_(255)
     if hparams.colour:
-        x = augmentation.random_colour(x, hparams.colour)
+        x = training.random_colour(x, hparams.colour)
     targets = F.one_hot(data.labels_of(task.images)[batch], len(task.images.classes)).float()
     if hparams.cutmix:
-        weights = augmentation.mixing_weights(
-            len(batch), task.size, 0.0, hparams.cutmix, task.device
-        )
-        x, targets = augmentation.mix(x, targets, weights)
+        weights = training.mixing_weights(len(batch), task.size, 0.0, hparams.cutmix, task.device)
+        x, targets = training.mix(x, targets, weights)
     return x, targets
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, images: data.ImageSet, task: Task, half: bool) -> dict[str, float]:
-    """Top-1 and top-5 in percent, single view; in bf16 on a GPU if `half`, else in fp32."""
-    layout, on_gpu = memory_format(task.device), task.device.type == "cuda"
-    how = data.Preprocessing(task.size, task.mean, task.std)
+def evaluate(network: nn.Module, images: data.ImageSet, task: Task) -> tuple[float, float]:
+    """Top-1 and top-5 in percent, single view, in fp32."""
+    how, layout = data.Preprocessing(task.size, task.mean, task.std), memory_format(task.device)
     network.eval()
-    with torch.autocast(task.device.type, torch.bfloat16, enabled=half and on_gpu):
-        logits = evaluation.predict(
-            lambda x: network(x.to(memory_format=layout)),
-            images.images,
-            how,
-            min(1000, len(images)),
-            task.device,
-        )
+    logits = evaluation.predict(
+        lambda x: network(x.to(memory_format=layout)),
+        images.images,
+        how,
+        min(1000, len(images)),
+        task.device,
+    )
     labels = data.labels_of(images).cpu()
-    return {
-        "top1_percent": evaluation.percent(logits.argmax(1) == labels),
-        "top5_percent": evaluation.percent(evaluation.top_k_correct(logits, labels, 5)),
-    }
+    top5 = evaluation.top_k_correct(logits, labels, 5)
+    return evaluation.percent(logits.argmax(1) == labels), evaluation.percent(top5)
 
 
-def start_network(hparams: HParams, num_classes: int, device: torch.device, seed: int) -> SmallCNN:
-    """A network with fresh weights on the device; everything random after it follows the seed."""
-    cli.seed_everything(seed)
-    network = SmallCNN(**architecture_of(hparams, num_classes))
-    return network.to(device).to(memory_format=memory_format(device))
-
-
-# --- the study ------------------------------------------------------------------------------------
+# --- a training in a worker -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Setting:
     """What all trainings of a run share."""
 
-    study_name: str
     dataset: str
     data_dir: Path | None
     image_size: int  # pixels, of an image folder
@@ -536,6 +570,9 @@ class Setting:
     max_params: int
     threads: int  # on a CPU
     seed: int
+    train_seconds: float
+    tolerance: float  # percent of the seconds
+    device_name: str
 
     def load(self, split: str) -> data.ImageSet:
         number = self.train_images if split == "train" else None
@@ -544,228 +581,257 @@ class Setting:
         )
 
 
-def make_objective(
-    setting: Setting, epochs: int, device: torch.device
-) -> Callable[[optuna.Trial], float]:
-    """Load the images onto a worker's device; what is returned runs one trial."""
-    # Each width has new shapes: trying kernels would take as long as a good part of the trial.
-    prepare_backend(device, setting.threads, benchmark=False)
-    return functools.partial(run_trial, setting, epochs, *load_task(setting, False, device))
-
-
 @functools.cache  # a worker trains several networks on the same images
 def load_task(setting: Setting, final: bool, device: torch.device) -> tuple[Task, data.ImageSet]:
-    """What networks learn, and the images that judge them.
+    """What networks learn, and the images that they are scored on.
 
-    In the final training all training images and the test images, before that the training images
-    less the held-out ones, and those.
+    All training images and the test images if `final`, else the training images less the held-out
+    ones, and those.
     """
     train_set = setting.load("train")
     if final:
-        judges = setting.load(data.ACCURACY_SPLIT[setting.dataset])
+        scored = setting.load(data.ACCURACY_SPLIT[setting.dataset])
     else:
-        train_set, judges = data.hold_out(train_set, HELD_OUT)
-    return make_task(train_set, setting.flip, device), data.to_device(judges, device)
+        train_set, scored = data.hold_out(train_set, HELD_OUT)
+    return make_task(train_set, setting.flip, device), data.to_device(scored, device)
 
 
-def run_trial(
-    setting: Setting, epochs: int, task: Task, held_out: data.ImageSet, trial: optuna.Trial
-) -> float:
-    """Train one configuration; its value is the top-1 of held-out images after the last epoch."""
-    classes = len(held_out.classes)
-    hparams = suggest(trial, batch_sizes_for(len(task.images) + len(held_out)))
-    hparams = fit_width(hparams, classes, setting.max_params)
-    trial.set_user_attr("hparams", asdict(hparams))
-    trial.set_user_attr("parameters", count_parameters(hparams, classes))
-    network = start_network(hparams, classes, task.device, setting.seed + trial.number)
-    history: list[Epoch] = []
-    try:
-        for done in train(network, hparams, task, epochs):
-            history.append(done)
-            if not math.isfinite(done.loss):
-                return math.nan
-            top1 = evaluate(network, held_out, task, half=True)["top1_percent"]
-            trial.report(top1, done.epoch)
-            # The default configuration is the yardstick and runs to its end.
-            may_prune = done.epoch < epochs and "default" not in trial.user_attrs
-            if may_prune and trial.should_prune():
-                raise optuna.TrialPruned
-        return top1
-    finally:
-        trial.set_user_attr("history", [asdict(done) for done in history])
-
-
-def describe_study(
-    setting: Setting, images: data.ImageSet, epochs: int, sampler: str, pruner: str
-) -> dict[str, Any]:
-    """What a study must keep when it is continued, in JSON's types."""
-    space = search_space(batch_sizes_for(len(images)))
-    return {
-        "dataset": setting.dataset,
-        "classes": tuning_report.digest(images.classes),
-        "images": len(images),
-        "image_size": images.images.shape[-1],
-        "flip": setting.flip,
-        "max_params": setting.max_params,
-        "seed": setting.seed,
-        "epochs": epochs,
-        "sampler": sampler,
-        "pruner": pruner,
-        "search_space": tuning_report.digest(map(str, space.items())),
-    }
-
-
-# --- trainings at full length: the finalists, then the final networks -----------------------------
-
-
-def train_whole(
+def run_training(
     setting: Setting,
     hparams: HParams,
-    epochs: int,
     seed: int,
     final: bool,
     compiled: bool,
+    save_as: Path | None,
     device: torch.device,
-) -> tuple[dict[str, Any], list[Epoch], models.Checkpoint]:
-    """In a worker: train to the end, then look once at the images that judge the network.
+) -> tuple[float, dict[str, Any], str]:
+    """Train once, then look once at the images that the network is scored on.
 
-    Returns columns of final.csv, the epochs, and what to save. The weights are rounded to fp16
-    first, so that the accuracy is that of the saved network.
+    The weights are rounded to fp16 first, so that the accuracy is that of a saved network.
+
+    Returns:
+        Top-1 in percent, columns of the training's row, and why it does not count, or nothing.
 
     Raises:
-        FloatingPointError: the loss is no longer finite.
+        FloatingPointError: the loss is not finite.
     """
-    # A finalist is trained but once: trying kernels would take longer than it saves.
-    prepare_backend(device, setting.threads, benchmark=final)
-    task, judges = load_task(setting, final, device)
-    network = start_network(hparams, len(judges.classes), device, seed)
-    history = []
-    for done in train(network, hparams, task, epochs, compiled):
-        if not math.isfinite(done.loss):
-            raise FloatingPointError(f"the loss is {done.loss} in epoch {done.epoch}")
-        history.append(done)
+    gc.collect()  # an earlier training's memory
+    torch.cuda.empty_cache()
+    prepare_backend(device, setting.threads, benchmark=compiled)
+    task, scored = load_task(setting, final, device)
+    network = start_network(hparams, len(scored.classes), task, seed)
+    done = train(network, hparams, task, setting.train_seconds, compiled)
+    if not math.isfinite(done.loss):
+        raise FloatingPointError(f"the loss is {done.loss} after {done.steps} steps")
     state = models.round_to_half(network)
+    top1, top5 = evaluate(network, scored, task)
     columns = {
-        "parameters": count_parameters(hparams, len(judges.classes)),
+        "top5_percent" if final else "held_out_top5_percent": top5,
+        "parameters": count_parameters(hparams, len(scored.classes)),
+        "steps": done.steps,
+        "epochs": round(done.steps * min(1, hparams.batch_size / len(task.images)), 2),
+        "train_seconds": round(done.train_seconds, 2),
+        "setup_seconds": round(done.setup_seconds, 2),
+        "final_loss": round(done.loss, 4),
         "train_images": len(task.images),
-        "train_seconds": round(history[-1].seconds, 2),
-        "setup_seconds": round(history[-1].setup_seconds, 2),
-        "final_loss": round(history[-1].loss, 4),
-        "num_images": len(judges),
-        **evaluate(network, judges, task, half=False),
+        "num_images": len(scored),
+        "compiled": compiled,
+        "device": setting.device_name,
     }
-    how = data.Preprocessing(task.size, task.mean, task.std)
-    architecture = architecture_of(hparams, len(judges.classes))
-    checkpoint = models.Checkpoint(state, architecture, how, columns["top1_percent"])
-    return columns, history, checkpoint
-
-
-def train_side_by_side(
-    jobs: Sequence[tuple[Any, ...]], device: torch.device, unit: str
-) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Run `train_whole` for every job on all GPUs at once, or on the CPU; results in their order.
-
-    Yields the columns `status` and `reason`, and what `train_whole` returned or None.
-    """
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    places = [torch.device("cuda", i) for i in range(gpus)] or [device]
-    outcomes = run_jobs(train_whole, jobs, places)
-    for failure, outcome in tqdm(outcomes, total=len(jobs), unit=unit, disable=None):
-        yield {"status": "ok"} | failure, outcome
-
-
-def run_finalists(
-    setting: Setting,
-    whole: optuna.Study,
-    number: int,
-    epochs: int,
-    device: torch.device,
-    output_dir: Path,
-) -> list[dict[str, Any]]:
-    """Train the best trials' configurations at full length; the best of them is the best.
-
-    A trial is several times shorter, which favours whatever learns fast, and the best of many short
-    trials owes something to luck. Returns rows of finalists.csv, none if there is no choice.
-    """
-    trials = tuning_report.best_trials(whole, number)
-    if number < 2 or len(trials) < 2:
-        (output_dir / "finalists.csv").unlink(missing_ok=True)
-        tuning_report.write_best_trial(whole, output_dir)
-        return []
-    jobs = [
-        (setting, HParams(**trial.user_attrs["hparams"]), epochs, setting.seed, False, False)
-        for trial in trials
-    ]
-    rows: list[dict[str, Any]] = []
-    outcomes = train_side_by_side(jobs, device, "finalist")
-    for trial, (status, outcome) in zip(trials, outcomes, strict=True):
-        row = {"study": setting.study_name, "trial": trial.number, **status}
-        row |= {"trial_top1_percent": trial.value, "epochs": epochs}
-        row["hparams"] = json.dumps(trial.user_attrs["hparams"])
-        if outcome is not None:
-            columns, _, _ = outcome
-            row |= {name: columns[name] for name in ("parameters", "train_seconds")}
-            row["held_out_top1_percent"] = columns["top1_percent"]
-        rows.append(row)
-        tuning_report.write_finalists(rows, trials[: len(rows)], whole, output_dir)
-        shown = f"held-out top-1 {columns['top1_percent']:.2f} %" if outcome else row["reason"]
-        tqdm.write(f"finalist {trial.number}: {shown}")
-    return rows
-
-
-def run_final(
-    setting: Setting,
-    configurations: dict[str, HParams],
-    epochs: dict[str, int],
-    repeats: int,
-    compiled: bool,
-    device: torch.device,
-    environment: dict[str, Any],
-    output_dir: Path,
-) -> list[dict[str, Any]]:
-    """Train every configuration with every seed; a row of final.csv each."""
-    # The seed outside: an interrupted comparison is still a fair one.
-    runs = [(setting.seed + i, name) for i in range(repeats) for name in configurations]
-    jobs = [
-        (setting, configurations[name], epochs[name], seed, True, compiled) for seed, name in runs
-    ]
-    rows: list[dict[str, Any]] = []
-    history: list[dict[str, Any]] = []
-    outcomes = train_side_by_side(jobs, device, "training")
-    for (seed, name), (status, outcome) in zip(runs, outcomes, strict=True):
-        about = {"study": setting.study_name, "configuration": name, "seed": seed}
-        row = about | {"epochs": epochs[name], "compiled": compiled, **status}
-        row["hparams"] = json.dumps(asdict(configurations[name]))
-        if outcome is not None:
-            columns, epochs_done, checkpoint = outcome
-            row |= columns
-            history += [about | asdict(done) for done in epochs_done]
-        if not rows:
-            results.write_json(output_dir / "final_environment.json", environment)
-        rows.append(row)
-        tuning_report.write_final(rows, history, output_dir)
-        # The first seed's, whatever its accuracy: the best of several would flatter.
-        if outcome is not None and name == "tuned" and seed == setting.seed:
-            save_network(output_dir / "best.safetensors", checkpoint, setting, row, device)
-        shown = f"top-1 {row['top1_percent']:.2f} %" if outcome else row["reason"]
-        tqdm.write(f"{name}, seed {seed}: {shown}")
-    return rows
+    if abs(done.train_seconds / setting.train_seconds - 1) > setting.tolerance / 100:
+        why = f"{done.train_seconds:.2f} s of training, not {setting.train_seconds:g}"
+        return top1, columns, why
+    if save_as:
+        about = {"hyperparameters": asdict(hparams), "training": {"seed": seed} | columns}
+        save_network(save_as, hparams, state, top1, task, scored, about)
+    return top1, columns, ""
 
 
 def save_network(
     path: Path,
-    checkpoint: models.Checkpoint,
-    setting: Setting,
-    row: dict[str, Any],
-    device: torch.device,
+    hparams: HParams,
+    state: dict[str, Tensor],
+    top1_percent: float,
+    task: Task,
+    scored: data.ImageSet,
+    about: dict[str, Any],
 ) -> None:
     """Write the weights and a card that says how they came about."""
-    test_set = setting.load(data.ACCURACY_SPLIT[setting.dataset])
-    network = SmallCNN(**checkpoint.architecture)
-    about = {key: row[key] for key in ("seed", "epochs", "train_images", "train_seconds")}
-    hparams = json.loads(row["hparams"])
-    facts = {"hyperparameters": hparams, "training": about}
-    models.write_checkpoint(path, checkpoint, network, test_set, facts, device)
+    architecture = architecture_of(hparams, len(scored.classes))
+    how = data.Preprocessing(task.size, task.mean, task.std)
+    checkpoint = models.Checkpoint(state, architecture, how, top1_percent)
+    network = SmallCNN(**architecture)
+    models.write_checkpoint(path, checkpoint, network, scored, about, task.device)
+
+
+# --- the three studies: search, finalists, final --------------------------------------------------
+
+ABOUT = ["study", "trial", "configuration", "seed", "status", "reason", "retry_of"]
+DONE = ["parameters", "steps", "epochs", "train_seconds", "setup_seconds", "final_loss"]
+DONE += ["train_images", "num_images", "compiled", "device", "started", "hparams"]
+TRIAL_COLUMNS = [*ABOUT, "held_out_top1_percent", "held_out_top5_percent", *DONE]
+FINAL_COLUMNS = [*ABOUT, "top1_percent", "top5_percent", *DONE]
+IMPORTANCE_COLUMNS = ["hyperparameter", "importance", "complete_trials"]
+SHOWN = {  # of summary.csv: its header and format on the screen
+    "configuration": ("configuration", "s"),
+    "stage": ("stage", "s"),
+    "trainings": ("n", "d"),
+    "top1_percent_mean": ("top-1, %", ".2f"),
+    "top1_percent_sd": ("sd", ".2f"),
+    "difference_points": ("change", "+.2f"),
+    "difference_low_points": ("from", "+.2f"),
+    "difference_high_points": ("to", "+.2f"),
+    "train_seconds_mean": ("s", ".1f"),
+    "steps_mean": ("steps", ".0f"),
+    "parameters": ("parameters", "d"),
+}
+SUMMARY_COLUMNS = [*SHOWN, "top1_percent_low", "top1_percent_high"]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the stages share."""
+
+    setting: Setting
+    crew: study.Crew
+    folder: Path
+    default: HParams
+    space: Space
+    num_classes: int
+    compiled: bool  # finalists and final networks
+    search: optuna.Study
+    finalists: optuna.Study
+    final: optuna.Study
+    dead_after_s: float  # a trial of another machine; 0 if there can be none
+
+
+def run_search(tuning: Tuning, trials: int, sampler: str, start: list[dict[str, Any]]) -> None:
+    """Compare configurations: first the default, then those of `start`, then the sampler's."""
+    search, shared = tuning.search, tuning.dead_after_s > 0
+    begun = search.get_trials(deepcopy=False)
+    search.sampler = study.make_sampler(sampler, tuning.setting.seed, len(begun), shared)
+    queued = [trial.system_attrs.get("fixed_params") for trial in begun]
+    for params in [asdict(tuning.default), *start]:
+        if params not in queued:
+            search.enqueue_trial(params)
+    work_off(tuning, search, search_job, trials)
+
+
+def search_job(tuning: Tuning, trial: optuna.Trial) -> study.Job:
+    """A training of what the sampler chose, less what is too large; a retry keeps its seed."""
+    setting = tuning.setting
+    hparams = repair(HParams(**trial.params), tuning.num_classes, setting.max_params)
+    name = "default" if hparams == tuning.default else f"trial {trial.number}"
+    seed = setting.seed + trial.number
+    asked = {"configuration": name, "hparams": asdict(hparams), "seed": seed} | trial.user_attrs
+    for key, value in asked.items():
+        trial.set_user_attr(key, value)
+    return run_training, (setting, hparams, asked["seed"], False, False, None)
+
+
+def run_finalists(tuning: Tuning, number: int, seeds: int) -> None:
+    """Train the default and the best configurations with new seeds.
+
+    The best of many trials owes something to luck: the value that chose it does not count again.
+    """
+    configurations = {"default": asdict(tuning.default)}
+    for trial in study.best_trials(tuning.search):
+        hparams = trial.user_attrs["hparams"]
+        if len(configurations) <= number and hparams not in configurations.values():
+            configurations[trial.user_attrs["configuration"]] = hparams
+    first = FINALIST_SEEDS + tuning.setting.seed
+    if len(configurations) > 1:
+        study.queue(tuning.finalists, configurations, range(first, first + seeds))
+    work_off(tuning, tuning.finalists, functools.partial(queued_job, False))
+
+
+def run_final(tuning: Tuning, repeats: int) -> None:
+    """Train default and winner on all training images, then look at the test images."""
+    chosen, first = choose_final(tuning), tuning.setting.seed
+    if "best" in chosen:
+        ends = near_ends(HParams(**chosen["best"]), tuning.space)
+        print(f"the winner's near an end of their range: {', '.join(ends) or 'none'}")
+    else:
+        print("no finalist is better than the default: it is trained alone")
+    study.queue(tuning.final, chosen, range(first, first + repeats))
+    work_off(tuning, tuning.final, functools.partial(queued_job, True))
+
+
+def choose_final(tuning: Tuning) -> dict[str, dict[str, Any]]:
+    """The default and, if another finalist has a higher mean, that as `best`."""
+    rows = study.rows_of(tuning.finalists, "held_out_top1_percent")
+    means = study.summarize(rows, "held_out_top1_percent")
+    chosen = {"default": asdict(tuning.default)}
+    if means and not study.left(tuning.finalists, None):
+        winner = max(means, key=lambda row: (row["trainings"], row["top1_percent_mean"]))
+        hparams = {row["configuration"]: json.loads(row["hparams"]) for row in rows}
+        if winner["configuration"] != "default":
+            chosen["best"] = hparams[winner["configuration"]]
+    return chosen
+
+
+def queued_job(final: bool, tuning: Tuning, trial: optuna.Trial) -> study.Job | None:
+    """What a trial of the finalists or the final trainings was queued for."""
+    setting, asked = tuning.setting, trial.user_attrs
+    if "hparams" not in asked:
+        return None
+    # The first seed's, whatever its accuracy: the best of several would flatter.
+    keep = final and asked["seed"] == setting.seed
+    save_as = tuning.folder / f"{asked['configuration']}.safetensors" if keep else None
+    hparams = HParams(**asked["hparams"])
+    return run_training, (setting, hparams, asked["seed"], final, tuning.compiled, save_as)
+
+
+def work_off(
+    tuning: Tuning,
+    part: optuna.Study,
+    job_of: Callable[[Tuning, optuna.Trial], study.Job | None],
+    total: int | None = None,
+) -> None:
+    """See `study.work_off`; the tables are written after every training."""
+    job, changed = functools.partial(job_of, tuning), functools.partial(write_tables, tuning)
+    space = {} if total is None else tuning.space
+    study.work_off(part, tuning.crew, space, job, changed, total, tuning.dead_after_s)
+
+
+def tables_of(tuning: Tuning) -> dict[str, tuple[list[dict[str, Any]], list[str]]]:
+    """Rows and columns of each table; of the final trainings, those of default and winner."""
+    held_out, chosen = "held_out_top1_percent", choose_final(tuning).values()
+    finalists, final = (
+        study.rows_of(part, top1)
+        for part, top1 in ((tuning.finalists, held_out), (tuning.final, "top1_percent"))
+    )
+    final = [row for row in final if json.loads(row["hparams"]) in chosen]
+    summary = study.summarize(finalists, held_out, stage="finalists")
+    summary += study.summarize(final, "top1_percent", stage="final")
+    return {
+        "trials": (study.rows_of(tuning.search, held_out), TRIAL_COLUMNS),
+        "finalists": (finalists, TRIAL_COLUMNS),
+        "final": (final, FINAL_COLUMNS),
+        "summary": (summary, SUMMARY_COLUMNS),
+        "importances": (study.importance_rows(tuning.search), IMPORTANCE_COLUMNS),
+    }
+
+
+def write_tables(tuning: Tuning) -> None:
+    for name, (rows, columns) in tables_of(tuning).items():
+        if rows:
+            results.write_csv(tuning.folder / f"{name}.csv", rows, columns)
+
+
+def report(tuning: Tuning, machine: str) -> int:
+    """Draw and print what there is; exit code 1 if a finalist's or a final training failed."""
+    rows = {name: rows for name, (rows, _) in tables_of(tuning).items()}
+    if rows["trials"]:
+        figures.draw_study(rows["trials"], tuning.folder / "trials.png", machine)
+    if rows["final"]:
+        figures.draw_final(rows["final"], tuning.folder / "final.png", machine)
+    results.print_table(rows["summary"], SHOWN)
+    print(tuning.folder)
+    bad = [r for r in rows["finalists"] + rows["final"] if r["status"] not in ("ok", "retried")]
+    for row in bad:
+        print(f"{row['study']}, {row['configuration']}, seed {row['seed']}: {row['reason']}")
+    return int(bool(bad))
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -774,60 +840,46 @@ def save_network(
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; `--quick` changes the defaults, and explicit flags still win."""
     parser = cli.Parser(__doc__)
-    add, number, boolean = parser.add_argument, cli.positive_int, argparse.BooleanOptionalAction
-    stages, threads = ("tune", "final", "all"), torch.get_num_threads()
-    add("--stage", choices=stages, default="all", help="study, final trainings, or both in turn")
+    add, number, seconds = parser.add_argument, cli.positive_int, cli.positive_float
+    boolean, threads = argparse.BooleanOptionalAction, torch.get_num_threads()
+    stages = ("search", "finalists", "final", "all")
+    add("--stage", choices=stages, default="all", help="what to do")
+    add("--train-seconds", type=seconds, help="of each training; 60 on a GPU, 120 on a CPU")
+    add("--trials", type=number, help="of the search, all its runs; 48 on a GPU, 16 on a CPU")
+    add("--sampler", choices=study.SAMPLERS, default="gp", help="how configurations are chosen")
+    add("--start", help="study of the same storage, or CSV with hparams: try its best 8 first")
+    add("--finalists", type=number, default=3, help="best trials that are compared once more")
+    add("--finalist-seeds", type=number, default=4, help="trainings of each of them")
+    add("--repeats", type=number, default=5, help="final trainings of default and winner, each")
+    add("--tolerance", type=seconds, default=5.0, help="percent that the seconds may be off")
     add("--dataset", default="cifar100", help=f"one of {', '.join(data.DATASETS)}")
     add("--data-dir", type=Path, help="folder of the data set; data/<dataset> if not given")
     add("--image-size", type=number, default=32, help="of --dataset folder, in pixels")
     add("--train-images", type=number, help="how many to learn from; all if not given")
     add("--flip", action=boolean, help="mirror images left-right; if not given, all but digits")
-    add("--trials", type=number, default=100, help="of the study, over all its runs")
-    add("--workers", type=number, default=1, help="processes of the study, spread over the GPUs")
-    add("--timeout", type=cli.positive_float, help="seconds after which no trial starts")
-    add("--tune-epochs", type=number, default=15, help="epochs of each trial")
-    add("--finalists", type=number, default=4, help="trials trained again at full length; 1: none")
-    add("--sampler", choices=study.SAMPLERS, default="tpe", help="how configurations are chosen")
-    add("--pruner", choices=study.PRUNERS, default="hyperband", help="which trials end early")
-    add("--storage", help="journal file or database URL; study.journal in the output folder")
-    add("--study-name", default=STUDY_NAME, help="others than this write to a folder of that name")
-    add("--fresh", action="store_true", help="delete this study and its results, and start anew")
     add("--max-params", type=number, default=5_000_000, help="parameters at most")
-    add(
-        "--final-epochs",
-        type=number,
-        help="epochs of finalists and final trainings; if not given, 80, or the preset's",
-    )
-    add("--repeats", type=number, default=5, help="final trainings of each configuration")
-    add(
-        "--configurations",
-        type=cli.name_list,
-        default=["default", "tuned"],
-        help=f"which to train finally, comma-separated: {', '.join(FINAL_EPOCHS)} (sprint is "
-        "narrowed unless --max-params is 9000000)",
-    )
-    add("--compile", action=boolean, default=True, help="compile the final trainings on a GPU")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train")
-    add("--threads", type=number, default=threads, help="CPU threads, shared by a study's workers")
-    add("--seed", type=cli.seed, default=0, help="of the study and of the first final training")
+    add("--storage", help="journal file or database URL; study.journal in --output-dir")
+    add("--study-name", help="and folder; <dataset>-<seconds>s-<sampler> if not given")
+    add("--compile", action=boolean, default=True, help="all but the search, on a GPU")
+    devices = ("auto", "cpu", "cuda")
+    add("--device", choices=devices, default="auto", help="where to train; cuda: on all GPUs")
+    add("--threads", type=number, default=threads, help="CPU threads")
+    add("--seed", type=cli.seed, default=0, help="of the search and of the first final training")
     add("--output-dir", type=Path, default=Path("results/part2"), help="folder for all results")
     args = cli.parse_quick(parser, argv, QUICK)
-    if args.flip is None:
-        args.flip = args.dataset != "digits"
-    if args.fresh and args.stage == "final":
-        raise cli.UserError("--fresh deletes the study that --stage final reads: leave one out")
+    args.device = cli.pick_device(args.device)
+    usual_seconds, usual_trials = BUDGETS[args.device.type]
+    args.train_seconds = args.train_seconds or usual_seconds
+    args.trials = args.trials or usual_trials
+    args.flip = args.dataset != "digits" if args.flip is None else args.flip
+    if args.study_name is None:
+        args.study_name = f"{args.dataset}-{args.train_seconds:g}s-{args.sampler}"
+    args.storage = args.storage or str(args.output_dir / "study.journal")
     return args
 
 
-def prepare_output(output_dir: Path, study_name: str) -> Path:
-    """The folder of a study's results."""
-    if study_name in ("", ".", "..") or Path(study_name).name != study_name:
-        raise cli.UserError(f"--study-name {study_name!r}: choose a name without slashes")
-    return cli.make_output_dir(output_dir if study_name == STUDY_NAME else output_dir / study_name)
-
-
-def load_checked(setting: Setting, tuned: bool) -> data.ImageSet:
-    """The training images; UserError if they, the test images or the limit do not suffice."""
+def load_checked(setting: Setting) -> data.ImageSet:
+    """The training images; UserError if they or the test images do not suffice."""
     images = setting.load("train")
     setting.load(data.ACCURACY_SPLIT[setting.dataset])
     height, width = images.images.shape[-2:]
@@ -836,123 +888,94 @@ def load_checked(setting: Setting, tuned: bool) -> data.ImageSet:
             f"{setting.dataset}: {len(images.classes)} classes of {height}x{width} pixels; give "
             "images of at least two classes, square and of at least 8 pixels"
         )
-    if tuned:
-        data.hold_out(images, HELD_OUT)
-        fit_width(DEEPEST, len(images.classes), setting.max_params)
+    data.hold_out(images, HELD_OUT)
     return images
 
 
-def run_study(
-    setting: Setting,
+def open_tuning(
     args: argparse.Namespace,
+    setting: Setting,
     images: data.ImageSet,
-    device: torch.device,
-    environment: dict[str, Any],
-    output_dir: Path,
-) -> optuna.Study:
-    """Run or continue the study and write its tables, also when it is interrupted.
-
-    Raises:
-        UserError: see `study.tune`; or no trial is complete.
-    """
-    storage = args.storage or str(output_dir / "study.journal")
-    threads = max(1, args.threads // args.workers)
-    opened: list[optuna.Study] = []
-    about = describe_study(setting, images, args.tune_epochs, args.sampler, args.pruner)
-    sizes = batch_sizes_for(len(images))
-    names = list(search_space(sizes))
-    # Not narrowed to max_params: each trial does that, and its width lies in the search space.
-    default = HParams(batch_size=sizes[1])
-
-    def begin(found: optuna.Study) -> None:
-        opened.append(found)
-        if args.fresh:
-            tuning_report.delete_results(output_dir)
-        if study.trials_left(found, args.trials) > 0:  # else nothing comes from this run
-            results.write_json(output_dir / "environment.json", environment)
-
-    try:
-        whole = study.tune(
-            functools.partial(make_objective, replace(setting, threads=threads), args.tune_epochs),
-            storage=storage,
-            study_name=args.study_name,
-            trials=args.trials,
-            workers=args.workers,
-            device=device,
-            sampler=args.sampler,
-            pruner=args.pruner,
-            max_epochs=args.tune_epochs,
-            seed=args.seed,
-            timeout=args.timeout,
-            default_params={name: getattr(default, name) for name in names},
-            setting=about,
-            fresh=args.fresh,
-            on_open=begin,
-        )
-    finally:
-        for found in opened:
-            tuning_report.write_study(found, names, output_dir)
-    if not tuning_report.best_trials(whole, 1):
-        raise cli.UserError(
-            f"no trial is complete: see {output_dir / 'trials.csv'} for reasons; raise --trials or "
-            "--timeout, or choose --pruner none"
-        )
-    print(output_dir / "trials.csv")
-    return whole
+    storage: optuna.storages.BaseStorage,
+    crew: study.Crew,
+) -> Tuning:
+    """Open or create the three studies; UserError if they were made with another setting."""
+    space, name = search_space(len(images)), args.study_name
+    default = HParams(batch_size=2 * smallest_batch(len(images)))
+    kept = ("dataset", "flip", "max_params", "seed", "train_seconds", "device_name")
+    about = {key: getattr(setting, key) for key in kept} | {"images": list(images.images.shape)}
+    about |= {"classes": digest(images.classes), "search_space": digest(map(str, space.items()))}
+    compiled = {"compiled": args.compile and args.device.type == "cuda"}
+    dead_after_s = 4 * max(60.0, setting.train_seconds)  # the setup of a short one takes longer
+    return Tuning(
+        setting=setting,
+        crew=crew,
+        folder=cli.make_output_dir(args.output_dir / name),
+        default=repair(default, len(images.classes), setting.max_params),
+        space=space,
+        num_classes=len(images.classes),
+        compiled=compiled["compiled"],
+        search=study.open_study(storage, name, about | {"sampler": args.sampler}),
+        finalists=study.open_study(storage, f"{name}-finalists", about | compiled),
+        final=study.open_study(storage, f"{name}-final", about | compiled),
+        dead_after_s=dead_after_s if study.is_shared(args.storage) else 0.0,
+    )
 
 
-def read_tuned(path: Path, setting: Setting, classes: Sequence[str]) -> HParams:
-    """The best configuration that the study left in `path`; UserError if it is not usable."""
-    digest, searched = tuning_report.digest(classes), search_space([REFERENCE_BATCH])
-    found = tuning_report.read_best(path, setting.dataset, digest, HParams(), searched)
-    hparams = HParams(**found)
-    cli.check_name(hparams.optimizer, PEAK_RATES, "optimizer")
-    parameters = count_parameters(hparams, len(classes))
-    if parameters > setting.max_params:
-        raise cli.UserError(
-            f"{path} has {parameters} parameters, --max-params is {setting.max_params}: raise it"
-        )
-    return hparams
+def digest(texts: Iterable[str]) -> str:
+    """A short fingerprint of texts, in their order."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def announce(tuning: Tuning, args: argparse.Namespace, devices: int) -> int:
+    """Say what the run will cost, less what is there already; how many trainings it is at most."""
+    goals = {
+        "search": args.trials - len(study.finished(tuning.search)),
+        "finalists": (args.finalists + 1) * args.finalist_seeds
+        - len(study.finished(tuning.finalists)),
+        "final": 2 * args.repeats - len(study.finished(tuning.final)),
+    }
+    missing = {name: max(0, goal) for name, goal in goals.items() if args.stage in (name, "all")}
+    total, parts = sum(missing.values()), ", ".join(f"{n} {name}" for name, n in missing.items())
+    minutes = total * args.train_seconds / devices / 60
+    print(
+        f"at most {total} trainings of {args.train_seconds:g} s ({parts}), {devices} at a time: "
+        f"{minutes:.0f} minutes, and the setup of each"
+    )
+    return total
 
 
 @cli.command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Tune, train the chosen configurations, report."""
+    """Search, compare finalists, train default and winner, report."""
     args = parse_args(argv)
-    device = cli.pick_device(args.device)
     cli.check_threads([args.threads])
     cli.check_name(args.dataset, data.DATASETS, "data set")
-    for name in args.configurations:
-        cli.check_name(name, FINAL_EPOCHS, "configuration")
-    setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
-    images = load_checked(setting, tuned=args.stage != "final")
-    output_dir = prepare_output(args.output_dir, args.study_name)
+    if args.study_name in ("", ".", "..") or Path(args.study_name).name != args.study_name:
+        raise cli.UserError(f"--study-name {args.study_name!r}: choose a name without slashes")
     environment = results.environment(threads=args.threads)
-    epochs = {name: args.final_epochs or usual for name, usual in FINAL_EPOCHS.items()}
-    rows: list[dict[str, Any]] = []
-    if args.stage != "final":
-        whole = run_study(setting, args, images, device, environment, output_dir)
-        rows = run_finalists(setting, whole, args.finalists, epochs["tuned"], device, output_dir)
-    if args.stage == "tune":
-        return int(any(row["status"] == "failed" for row in rows))
-    chosen = {
-        name: read_tuned(output_dir / "best_params.json", setting, images.classes)
-        if name == "tuned"
-        else preset(name, images, args.max_params)
-        for name in args.configurations
-    }
-    for name, hparams in chosen.items():
-        if name in PRESETS and hparams.width < PRESETS[name].width:
-            print(f"note: --max-params narrows {name} to {hparams.width} channels")
-    compiled = args.compile and device.type == "cuda"
-    final = run_final(
-        setting, chosen, epochs, args.repeats, compiled, device, environment, output_dir
-    )
-    summary = tuning_report.summarize(final)
-    if summary:
-        results.print_table(summary, tuning_report.SHOWN)
-    print(output_dir / "final.csv")
-    return int(not summary or any(row["status"] == "failed" for row in [*rows, *final]))
+    args.device_name = f"{environment['cpu']}, {args.threads} threads"
+    if args.device.type == "cuda":
+        args.device_name = environment["gpu"]
+    setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
+    images = load_checked(setting)
+    gpus = torch.cuda.device_count() if args.device.type == "cuda" else 0
+    devices = [torch.device("cuda", i) for i in range(gpus)] or [args.device]
+    # On a CPU a sampler at work would take the time of a training.
+    with study.opened(args.storage) as storage, study.Crew(devices, ahead=bool(gpus)) as crew:
+        tuning = open_tuning(args, setting, images, storage, crew)
+        start = read_start(args.start, storage, tuning.space) if args.start else []
+        if not study.is_shared(args.storage):
+            results.written.append(Path(args.storage))  # for the line after a Ctrl-C
+        if announce(tuning, args, len(devices)):
+            results.write_json(tuning.folder / "environment.json", environment)
+        if args.stage in ("search", "all"):
+            run_search(tuning, args.trials, args.sampler, start)
+        if args.stage in ("finalists", "all"):
+            run_finalists(tuning, args.finalists, args.finalist_seeds)
+        if args.stage in ("final", "all"):
+            run_final(tuning, args.repeats)
+        return report(tuning, args.device_name)
 
 
 if __name__ == "__main__":

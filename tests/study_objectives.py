@@ -1,114 +1,105 @@
-"""Objectives for test_study.py, in a module that worker processes can import."""
+"""Trainings that cost nothing, in a module that worker processes can import, and a false worker."""
 
 import functools
-import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import optuna
 import torch
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.trial import FrozenTrial
 
 from utils import cli, study
+from utils.workers import UnavailableError
 
-Objective = Callable[[optuna.Trial], float]
-DEADLY = 2.0  # the x that kills its process
+SPACE: dict[str, BaseDistribution] = {name: FloatDistribution(0.0, 1.0) for name in "xy"}
+SETTING = {"dataset": "none"}
+TOTALS = {"search": 6, "finalists": 6, "final": 4}  # trials of each stage
+DEFAULT = {"x": 0.25, "y": 0.5}
 
-
-def settings(storage: str | Path, **changes: Any) -> dict[str, Any]:
-    """Arguments of `study.tune` for a small study on the CPU."""
-    return {
-        "storage": str(storage),
-        "study_name": "small",
-        "trials": 4,
-        "workers": 1,
-        "device": torch.device("cpu"),
-        "sampler": "random",
-        "pruner": "none",
-        "max_epochs": 3,
-        "seed": 0,
-        **changes,
-    }
+Answer = tuple[float, dict[str, Any], str]
 
 
-def make_quick(device: torch.device, pause_s: float = 0.02) -> Objective:
-    """x itself, after a pause; x = DEADLY kills the process."""
+class InlineWorker:
+    """A worker without a process; SystemExit stands for the death of one."""
 
-    def objective(trial: optuna.Trial) -> float:
-        x = trial.suggest_float("x", 0, DEADLY)
-        if x == DEADLY:
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(pause_s)
-        return x
+    def __init__(self) -> None:
+        self.alive = True
 
-    return objective
+    def run(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except SystemExit as error:
+            self.alive = False
+            raise UnavailableError("its process was killed") from error
 
+    def is_alive(self) -> bool:
+        return self.alive
 
-def make_together(folder: Path, workers: int, device: torch.device) -> Objective:
-    """As `make_quick`, but none begins before all are there: one alone would do all the work."""
-    (folder / str(os.getpid())).touch()
-    while len(list(folder.iterdir())) < workers:
-        time.sleep(0.01)
-    return make_quick(device, pause_s=0.05)
-
-
-def make_slow(pause_s: float, device: torch.device) -> Objective:
-    """As `make_quick`, and it does not heed SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    return make_quick(device, pause_s)
+    def stop(self) -> None:
+        self.alive = False
 
 
-def make_troubled(device: torch.device) -> Objective:
-    """What happens depends on the trial's number; from 6 on all goes well."""
-
-    def objective(trial: optuna.Trial) -> float:
-        x = trial.suggest_float("x", 0, 1)
-        match trial.number:
-            case 1:
-                raise MemoryError
-            case 2:
-                return math.nan
-            case 3:
-                raise ValueError("no such thing\nat all")
-            case 4:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-        trial.report(0.1 if trial.number == 5 else 0.9, 1)
-        if trial.should_prune():
-            raise optuna.TrialPruned
-        return x
-
-    return objective
+def train(
+    hparams: dict[str, float], seed: int, device: torch.device, pause_s: float = 0.0
+) -> Answer:
+    """x itself; a column says which process it was."""
+    time.sleep(pause_s)
+    columns = {"pid": os.getpid(), "parameters": 7, "steps": 3, "train_seconds": 1.5}
+    return hparams["x"], columns, ""
 
 
-def make_failing(error: Exception, device: torch.device) -> Objective:
-    def objective(trial: optuna.Trial) -> float:
-        trial.suggest_float("x", 0, 1)
-        raise error
-
-    return objective
+def die(*_: Any) -> Answer:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return 0.0, {}, ""
 
 
-def fail_to_make(error: Exception, device: torch.device) -> Objective:
-    raise error
+def search_job(function: Callable[..., Answer], trial: optuna.Trial) -> study.Job:
+    asked = {"configuration": f"trial {trial.number}", "hparams": trial.params}
+    for key, value in (asked | {"seed": trial.number} | trial.user_attrs).items():
+        trial.set_user_attr(key, value)
+    return function, (trial.params, trial.user_attrs["seed"])
 
 
-def crash(device: torch.device) -> Objective:
-    os._exit(3)
+def queued_job(function: Callable[..., Answer], trial: optuna.Trial) -> study.Job | None:
+    if "hparams" not in trial.user_attrs:
+        return None
+    return function, (trial.user_attrs["hparams"], trial.user_attrs["seed"])
 
 
-def make_count_threads(device: torch.device) -> Objective:
-    """The number of CPU threads of this worker as the value of each trial."""
-    return lambda trial: float(torch.get_num_threads())
+def run_all(
+    storage: str, function: Callable[..., Answer] = train, dead_after_s: float = 0.0
+) -> dict[str, list[FrozenTrial]]:
+    """Search, two finalists beside the default, and a final stage; the trials of each."""
+    with study.opened(storage) as opened, study.Crew([torch.device("cpu")], 1) as crew:
+        studies = {name: study.open_study(opened, name, SETTING) for name in TOTALS}
+        search, finalists, final = studies.values()
+        begun = search.get_trials(deepcopy=False)
+        search.sampler = study.make_sampler("random", 0, len(begun), dead_after_s > 0)
+        if not any(trial.system_attrs.get("fixed_params") == DEFAULT for trial in begun):
+            search.enqueue_trial(DEFAULT)
+        go = functools.partial(
+            study.work_off, crew=crew, changed=lambda: None, dead_after_s=dead_after_s
+        )
+        ask = functools.partial(search_job, function)
+        go(search, space=SPACE, job_of=ask, total=TOTALS["search"])
+        best = [trial.params for trial in study.best_trials(search) if trial.params != DEFAULT]
+        chosen = {"default": DEFAULT, "first": best[0], "second": best[1]}
+        job = functools.partial(queued_job, function)
+        study.queue(finalists, chosen, range(100, 102))
+        go(finalists, space={}, job_of=job)
+        study.queue(final, {"default": DEFAULT, "best": best[0]}, range(2))
+        go(final, space={}, job_of=job)
+        return {name: part.get_trials() for name, part in studies.items()}
 
 
 @cli.command
 def main(argv: Sequence[str] | None) -> int:
-    """Tune in a process that a test can kill: `<storage> <workers> <trials> <seconds a trial>`."""
-    storage, workers, trials, pause_s = argv or sys.argv[1:]
-    maker = functools.partial(make_slow, float(pause_s))
-    study.tune(maker, **settings(storage, workers=int(workers), trials=int(trials)))
+    """Run all stages in a process that a test can kill: `<storage> <pause> <dead after>`."""
+    storage, pause_s, dead_after_s = argv or sys.argv[1:]
+    run_all(storage, functools.partial(train, pause_s=float(pause_s)), float(dead_after_s))
     return 0

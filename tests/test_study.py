@@ -1,48 +1,55 @@
-"""Exact totals, and studies that survive the death of their workers, their parent and their files.
+"""Totals, retries and tables of studies; and that a kill at any moment loses no finished trial.
 
-STUDY_KILL_ROUNDS=20 kills a worker in twenty studies instead of three.
+STUDY_KILL_ROUNDS=20 kills real processes in twenty rounds instead of one.
 """
 
-import contextlib
 import functools
 import os
 import pwd
 import random
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 import torch
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
+from scipy import stats
 
 from tests.study_objectives import (
-    DEADLY,
-    crash,
-    fail_to_make,
-    make_count_threads,
-    make_failing,
-    make_quick,
-    make_together,
-    make_troubled,
-    settings,
+    DEFAULT,
+    SETTING,
+    SPACE,
+    TOTALS,
+    InlineWorker,
+    die,
+    queued_job,
+    run_all,
+    search_job,
+    train,
 )
 from utils import study
 from utils.cli import UserError
 
 ROOT = Path(__file__).parent.parent
-ROUNDS = int(os.environ.get("STUDY_KILL_ROUNDS", "3"))
-COMPLETE, PRUNED, FAIL = TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL
+ROUNDS = int(os.environ.get("STUDY_KILL_ROUNDS", "1"))
+CUTS = 24  # prefixes of a journal from which a run goes on
+CPU = torch.device("cpu")
+COMPLETE, FAIL = TrialState.COMPLETE, TrialState.FAIL
 RUNNING, WAITING = TrialState.RUNNING, TrialState.WAITING
+
+
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "Worker", InlineWorker)
+    monkeypatch.setattr(os, "fsync", lambda _: None)  # no power failure is tested
 
 
 @pytest.fixture
@@ -50,405 +57,476 @@ def journal(tmp_path: Path) -> Path:
     return tmp_path / "study.journal"
 
 
-@pytest.fixture
-def together(tmp_path: Path) -> Callable[[int], study.ObjectiveMaker]:
-    """An objective that begins once so many workers are there."""
-    folder = tmp_path / "workers"
-    folder.mkdir()
-    return lambda workers: functools.partial(make_together, folder, workers)
+def search(
+    journal: Path, function: Callable[..., Any], total: int = 4, changed: Any = lambda: None
+) -> optuna.Study:
+    """A random search; its study can be read, not written, when this returns."""
+    with study.opened(str(journal)) as storage, study.Crew([CPU], 1) as crew:
+        found = study.open_study(storage, "search", SETTING)
+        found.sampler = study.make_sampler("random", 0, len(found.trials), shared=False)
+        job = functools.partial(search_job, function)
+        study.work_off(found, crew, SPACE, job, changed, total)
+        return found
 
 
-def in_state(found: optuna.Study, state: TrialState) -> list[FrozenTrial]:
-    return found.get_trials(states=(state,))
+def finish(found: dict[str, list[FrozenTrial]]) -> dict[tuple[str, int], float | None]:
+    """Check that all stages are complete; the value of each trial."""
+    for name, trials in found.items():
+        complete = [trial for trial in trials if trial.state == COMPLETE]
+        lost = [trial for trial in trials if trial.state == FAIL]
+        assert len(complete) == TOTALS[name]
+        assert len(complete) + len(lost) == len(trials)  # none runs or waits
+        for trial in lost:
+            (retry,) = (t for t in trials if t.user_attrs.get("retry_of") == trial.number)
+            assert retry.params.items() >= trial.params.items()
+            assert retry.user_attrs.get("hparams") == trial.user_attrs.get("hparams", retry.params)
+    return {
+        (name, trial.number): trial.value
+        for name, trials in found.items()
+        for trial in trials
+        if trial.state == COMPLETE
+    }
 
 
-def finished(found: optuna.Study) -> list[FrozenTrial]:
-    return [trial for trial in found.trials if study.is_finished(trial)]
+def values_in(journal: Path) -> dict[tuple[str, int], float | None]:
+    """The complete trials of a journal that nobody writes."""
+    with study.opened(str(journal)) as storage:
+        names = optuna.get_all_study_names(storage)
+        studies = [optuna.load_study(study_name=name, storage=storage) for name in names]
+        return {(s.study_name, t.number): t.value for s in studies for t in study.best_trials(s)}
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
+# --- totals, retries, failures --------------------------------------------------------------------
 
 
-def empty_study(storage: Path) -> optuna.Study:
-    return study.tune(make_quick, **settings(storage, trials=0))
+@pytest.mark.usefixtures("inline")
+def test_a_whole_run_is_exact_and_the_same_again_adds_nothing(journal: Path) -> None:
+    found = run_all(str(journal))
+    finish(found)
+    assert found["search"][0].params == DEFAULT
+    assert len({trial.params["x"] for trial in found["search"]}) == 6
+    seeds = [(t.user_attrs["configuration"], t.user_attrs["seed"]) for t in found["finalists"]]
+    three = ("default", "first", "second")
+    assert seeds == [(name, seed) for seed in (100, 101) for name in three]
+    again = run_all(str(journal))
+    assert finish(again) == finish(found)
+    assert [len(trials) for trials in again.values()] == [len(t) for t in found.values()]
 
 
-# What needs no worker
+@pytest.mark.usefixtures("inline")
+def test_a_kill_at_any_byte_of_the_journal_loses_nothing(journal: Path, tmp_path: Path) -> None:
+    """One process appends to a journal: what a kill leaves is always a part from its beginning."""
+    run_all(str(journal))
+    content = journal.read_bytes()
+    generator = random.Random(0)
+    for cut in [0, *(generator.randrange(len(content)) for _ in range(CUTS))]:
+        part = tmp_path / f"{cut}.journal"
+        part.write_bytes(content[:cut])
+        kept = values_in(part)
+        assert finish(run_all(str(part))).items() >= kept.items()
 
 
-def test_unknown_sampler_and_pruner_are_named_with_their_neighbours(journal: Path) -> None:
-    for changes, near in (({"sampler": "tpp"}, "tpe"), ({"pruner": "hyberband"}, "hyperband")):
-        with pytest.raises(UserError, match=near):
-            study.tune(make_quick, **settings(journal, **changes))
-    assert not journal.exists()
+@pytest.mark.usefixtures("inline")
+def test_two_kills_in_a_row_lose_nothing(journal: Path, tmp_path: Path) -> None:
+    run_all(str(journal))
+    once = tmp_path / "once.journal"
+    once.write_bytes(journal.read_bytes()[: journal.stat().st_size // 3])
+    first = once.stat().st_size
+    run_all(str(once))
+    twice = tmp_path / "twice.journal"
+    twice.write_bytes(once.read_bytes()[: first + 1500])
+    kept = values_in(twice)
+    assert finish(run_all(str(twice))).items() >= kept.items()
+
+
+@pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize(("deaths", "states"), [(2, [FAIL, FAIL, COMPLETE]), (9, [FAIL] * 3)])
+def test_a_training_whose_process_dies_is_tried_three_times(
+    journal: Path, deaths: int, states: list[TrialState]
+) -> None:
+    seen: list[dict[str, float]] = []
+
+    def mortal(hparams: dict[str, float], seed: int, device: torch.device) -> Any:
+        seen.append(hparams)
+        if len(seen) <= deaths:
+            raise SystemExit
+        return train(hparams, seed, device)
+
+    found = search(journal, mortal, total=1)
+    assert [trial.state for trial in found.trials] == states
+    assert len(seen) == 3
+    assert seen[0] == seen[1] == seen[2]
+    rows = study.rows_of(found, "top1")
+    assert [row["status"] for row in rows[:2]] == ["retried", "retried"]
+    assert [row["retry_of"] for row in rows] == [None, 0, 1]
+    assert rows[0]["reason"] == "its process was killed"
+    assert rows[2]["status"] == ("ok" if deaths == 2 else "unavailable")
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_training_that_objects_to_itself_fails_in_the_end_with_its_columns(journal: Path) -> None:
+    def late(hparams: dict[str, float], seed: int, device: torch.device) -> Any:
+        value, columns, _ = train(hparams, seed, device)
+        return value, columns, "9 s of training, not 8" if hparams["x"] > 0.5 else ""
+
+    found = search(journal, late, total=6)
+    assert len(study.finished(found)) == 6
+    rows = study.rows_of(found, "top1")
+    failed = [row for row in rows if row["status"] == "failed"]
+    assert failed
+    for row in failed:
+        assert (row["reason"], row["top1"]) == ("9 s of training, not 8", None)
+        assert row["train_seconds"] == 1.5
+        same = [r for r in rows if r["seed"] == row["seed"]]
+        assert [r["status"] for r in same] == ["retried", "retried", "failed"]
+    assert all(row["hparams"].count('"x": 0.') == 1 for row in rows)
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_failure_is_recorded_and_the_study_goes_on(journal: Path) -> None:
+    errors: list[Exception] = [MemoryError("no room"), ValueError("no such\nthing")]
+
+    def troubled(hparams: dict[str, float], seed: int, device: torch.device) -> Any:
+        if seed < 2:
+            raise errors[seed]
+        return train(hparams, seed, device)
+
+    found = search(journal, troubled)
+    assert [trial.state for trial in found.trials] == [FAIL, FAIL, COMPLETE, COMPLETE]
+    rows = study.rows_of(found, "top1")
+    reasons = [(row["status"], row["reason"]) for row in rows]
+    assert reasons[0] == ("unavailable", "no room")
+    assert reasons[1:] == [("failed", "ValueError: no such"), ("ok", ""), ("ok", "")]
+
+
+@pytest.mark.usefixtures("inline")
+def test_a_study_without_any_success_stops(journal: Path) -> None:
+    def hopeless(*_: Any) -> Any:
+        raise MemoryError("no room")
+
+    with pytest.raises(UserError, match=r"none of the first 5 trainings succeeded.* no room"):
+        search(journal, hopeless, total=50)
+
+
+@pytest.mark.usefixtures("inline")
+@pytest.mark.parametrize("error", [KeyboardInterrupt, UserError])
+def test_what_runs_when_the_run_is_stopped_is_queued_and_has_not_been_tried(
+    journal: Path, error: type[BaseException]
+) -> None:
+    def stop() -> None:
+        raise error("mend me")
+
+    with pytest.raises(error):
+        search(journal, train, total=4, changed=stop)
+    with study.opened(str(journal)) as storage:
+        trials = optuna.load_study(study_name="search", storage=storage).trials
+    waiting = [trial for trial in trials if trial.state == WAITING]
+    assert waiting
+    assert sorted(trial.state for trial in trials if trial not in waiting) == [COMPLETE, FAIL]
+    assert {trial.user_attrs["tries"] for trial in waiting} == {1}
+    found = search(journal, train, total=4)
+    assert len(study.finished(found)) == len(study.best_trials(found)) == 4
+
+
+@pytest.mark.usefixtures("inline")
+def test_the_next_trial_is_asked_for_while_one_trains(journal: Path) -> None:
+    asked, two = [], threading.Event()
+
+    def patient(hparams: dict[str, float], seed: int, device: torch.device) -> Any:
+        assert two.wait(60), "the second was not asked for"
+        return train(hparams, seed, device)
+
+    def job_of(trial: optuna.Trial) -> study.Job:
+        asked.append(trial.number)
+        if len(asked) == 2:
+            two.set()
+        return search_job(patient, trial)
+
+    with study.opened(str(journal)) as storage, study.Crew([CPU], ahead=1) as crew:
+        found = study.open_study(storage, "search", SETTING)
+        study.work_off(found, crew, SPACE, job_of, lambda: None, 3)
+    assert [trial.state for trial in found.trials] == [COMPLETE] * 3
+
+
+@pytest.mark.usefixtures("inline")
+def test_only_what_is_missing_is_queued_seeds_outside(journal: Path) -> None:
+    with study.opened(str(journal)) as storage:
+        found = study.open_study(storage, "final", SETTING)
+        study.queue(found, {"default": DEFAULT}, [1])
+        study.queue(found, {"default": DEFAULT, "best": {"x": 1.0}}, [0, 1])
+        asked = [(t.user_attrs["configuration"], t.user_attrs["seed"]) for t in found.trials]
+    assert asked == [("default", 1), ("default", 0), ("best", 0), ("best", 1)]
+
+
+@pytest.mark.usefixtures("inline")
+def test_an_empty_queue_that_another_machine_emptied_is_no_error(journal: Path) -> None:
+    with study.opened(str(journal)) as storage, study.Crew([CPU], 1) as crew:
+        found = study.open_study(storage, "final", SETTING)
+        found.enqueue_trial({})  # as `ask` makes one where the queue is empty
+        job = functools.partial(queued_job, train)
+        study.work_off(found, crew, {}, job, lambda: None)
+        assert [trial.state for trial in found.trials] == [FAIL]
+        assert study.rows_of(found, "top1") == []
+
+
+@pytest.mark.usefixtures("inline")
+def test_trials_of_other_machines_are_waited_for_and_then_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with study.opened(f"sqlite:///{tmp_path}/study.db") as storage:
+        found = study.open_study(storage, "search", SETTING)
+        ours, theirs = found.ask(SPACE), found.ask(SPACE)
+        seen: dict[int, float] = {}
+        assert study.recover(found, [ours.number], seen, dead_after_s=240)
+        now[0] = 239.0
+        assert study.recover(found, [ours.number], seen, dead_after_s=240)
+        assert [trial.state for trial in found.trials] == [RUNNING, RUNNING]
+        now[0] = 240.0
+        assert not study.recover(found, [ours.number], seen, dead_after_s=240)
+        assert [trial.state for trial in found.trials] == [RUNNING, FAIL, WAITING]
+        assert found.trials[2].system_attrs["fixed_params"] == theirs.params
+        assert found.trials[2].user_attrs == {"retry_of": 1, "tries": 2}
+
+
+def test_a_kill_between_queueing_and_failing_queues_nothing_twice(journal: Path) -> None:
+    with study.opened(str(journal)) as storage:
+        found = study.open_study(storage, "search", SETTING)
+        lost = found.ask(SPACE)
+        found.enqueue_trial(lost.params, {"retry_of": lost.number, "tries": 2})
+        study.recover(found, [], {}, 0.0)
+        assert [trial.state for trial in found.trials] == [FAIL, WAITING]
 
 
 @pytest.mark.parametrize("name", study.SAMPLERS)
-def test_points_follow_from_seed_and_trial_and_are_never_repeated(name: str) -> None:
-    def points(seed: int) -> list[float]:
-        found = optuna.create_study()
-        drawn = []
-        for number in range(20):
-            found.sampler = study.make_sampler(name, seed, number)
-            drawn.append(found.ask().suggest_float("x", 0, 1))
-        return drawn
+def test_points_follow_from_the_seed_and_a_resumed_study_does_not_repeat_them(name: str) -> None:
+    def points(seed: int, begun: int) -> list[float]:
+        sampler = study.make_sampler(name, seed, begun, shared=False)
+        found = optuna.create_study(sampler=sampler)
+        return [found.ask(SPACE).params["x"] for _ in range(5)]
 
-    assert points(0) == points(0)
-    assert len({*points(0), *points(1)}) == 40  # seed and number are mixed, not added
+    assert points(0, 0) == points(0, 0)
+    assert len({*points(0, 0), *points(0, 5), *points(1, 0)}) == 15
+
+
+def test_the_gaussian_process_chooses_beside_running_trials() -> None:
+    found = optuna.create_study(direction="maximize")
+    found.sampler = study.make_sampler("gp", 0, 0, shared=False)
+    for i in range(12):
+        trial = create_trial(params={"x": i / 12, "y": 0.5}, distributions=SPACE, value=-i / 12)
+        found.add_trial(trial)
+    first, second = (found.ask(SPACE).params for _ in range(2))
+    assert max(first["x"], second["x"]) < 0.5
+    assert first != second
+
+
+# --- storages -------------------------------------------------------------------------------------
+
+
+def test_a_journal_belongs_to_one_run(journal: Path) -> None:
+    in_use = pytest.raises(UserError, match="in use by another run")
+    with study.opened(str(journal)), in_use, study.opened(str(journal)):
+        pass
+    with study.opened(str(journal)):  # free again
+        pass
+
+
+def test_half_a_record_is_dropped(journal: Path) -> None:
+    with study.opened(str(journal)) as storage:
+        study.open_study(storage, "search", SETTING).enqueue_trial(DEFAULT)
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + whole.splitlines()[-1][:20])
+    with study.opened(str(journal)) as storage:
+        study.open_study(storage, "search", SETTING).enqueue_trial({"x": 1.0})
+    assert journal.read_bytes().startswith(whole)
+    with study.opened(str(journal)) as storage:
+        trials = study.open_study(storage, "search", SETTING).trials
+    assert [t.system_attrs["fixed_params"]["x"] for t in trials] == [0.25, 1.0]
+
+
+@pytest.mark.parametrize("content", ["notes of mine\n", "{}", '{"a": 1}\n'])
+def test_a_file_that_is_no_journal_is_left_alone(journal: Path, content: str) -> None:
+    journal.write_text(content)
+    with pytest.raises(UserError, match="not a journal"), study.opened(str(journal)):
+        pass
+    assert journal.read_text() == content
+
+
+@pytest.mark.parametrize("where", [0, 1, -1])
+def test_a_damaged_journal_is_reported_in_one_line(journal: Path, where: int) -> None:
+    with study.opened(str(journal)) as storage:
+        study.open_study(storage, "search", SETTING).enqueue_trial(DEFAULT)
+    lines = journal.read_text().splitlines()
+    lines[where] = '{"op_code":nonsense'
+    journal.write_text("\n".join(lines) + "\n")
+    with pytest.raises(UserError, match="cannot be used") as raised, study.opened(str(journal)):
+        pass
+    assert str(journal) in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("pruner", "first"), [("hyperband", 2), ("asha", 2), ("median", 3), ("none", None)]
+    "storage",
+    [
+        "nonsense://me:secret@somewhere",
+        "postgresql://me:secret@host:port/db",
+        "postgresql+psycopg2://me:secret@127.0.0.1:1/db",
+        "postgresql+psycopg2://me:sec@ret@127.0.0.1:1/db",
+        "/proc/no/such.journal",
+        "sqlite:////proc/no/such.db",
+        "/tmp",
+    ],
 )
-def test_first_epoch_in_which_a_pruner_ends_a_bad_trial(pruner: str, first: int | None) -> None:
-    """Among 30 good trials; hyperband has other brackets that are more patient."""
-    found = optuna.create_study(
-        study_name="fixed", direction="maximize", pruner=study.make_pruner(pruner, 12)
-    )
-    for _ in range(30):
-        trial = found.ask()
-        for epoch in range(1, 13):
-            trial.report(0.9, epoch)
-            trial.should_prune()
-        found.tell(trial, 0.9)
-    ends = []
-    for _ in range(20):
-        trial = found.ask()
-        for epoch in range(1, 13):
-            trial.report(0.1, epoch)
-            if trial.should_prune():
-                ends.append(epoch)
-                break
-        found.tell(trial, state=PRUNED)
-    assert min(ends, default=None) == first
-    assert max(ends, default=0) <= 9
-
-
-def test_hyperband_has_two_brackets_at_most_however_long_the_trials() -> None:
-    for max_epochs in range(1, 101):
-        pruner = study.make_pruner("hyperband", max_epochs)
-        found = optuna.create_study(study_name="fixed", pruner=pruner)
-        trial = found.ask()
-        trial.report(0.5, 1)
-        trial.should_prune()
-        brackets = pruner._n_brackets  # type: ignore[attr-defined]
-        assert brackets == (1 if max_epochs < 3 else 2)
+def test_storages_that_cannot_be(storage: str) -> None:
+    refused = pytest.raises(UserError, match=r"--storage .* cannot be used: .+")
+    with refused as raised, study.opened(storage):
+        pass
+    assert "sec" not in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_study_of_another_setting_is_not_continued(journal: Path) -> None:
-    arguments = settings(journal, trials=0, setting={"epochs": 12, "data": "a"})
-    study.tune(make_quick, **arguments).enqueue_trial({"x": 1.0})
-    assert len(study.tune(make_quick, **arguments).trials) == 1
-    with pytest.raises(UserError, match="was made with epochs 12, now it is 6"):
-        study.tune(make_quick, **{**arguments, "setting": {"epochs": 6, "data": "a"}})
+    with study.opened(str(journal)) as storage:
+        study.open_study(storage, "search", {"seconds": 60}).enqueue_trial(DEFAULT)
+        study.open_study(storage, "search", {"seconds": 60})
+        with pytest.raises(UserError, match=r"made with seconds 60, now it is 8: .* --study-name"):
+            study.open_study(storage, "search", {"seconds": 8})
+        optuna.create_study(storage=storage, study_name="foreign").enqueue_trial(DEFAULT)
+        with pytest.raises(UserError, match="made with seconds None"):
+            study.open_study(storage, "foreign", {"seconds": 60})
 
 
-# Trials of processes that are gone
+# --- tables ---------------------------------------------------------------------------------------
 
 
-def left_running(found: optuna.Study, **worker: Any) -> FrozenTrial:
-    """A running trial of a worker and a parent that have ended, unless `worker` says otherwise."""
-    gone = [os.getpid(), 1]  # this pid, but started in another age
-    named = {"host": socket.gethostname(), "process": gone, "parent": gone, **worker}
-    trial = found.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
-    trial.set_user_attr("worker", named)
-    return found.trials[trial.number]
-
-
-def test_a_trial_of_a_dead_process_is_queued_once(journal: Path) -> None:
-    lost = left_running(empty_study(journal))
-    found = empty_study(journal)
-    assert [trial.state for trial in found.trials] == [FAIL, WAITING]
-    assert found.trials[0].user_attrs["interrupted"] == "its process is gone"
-    assert found.trials[1].user_attrs["retry_of"] == 0
-    assert found.trials[1].system_attrs["fixed_params"] == lost.params
-    again = left_running(found)  # takes up the queued trial
-    assert again.number == 1
-    assert again.params == lost.params
-    found = empty_study(journal)
-    assert [trial.state for trial in found.trials] == [FAIL, FAIL]
-    assert found.trials[1].user_attrs["reason"] == "its process is gone, 2 times"
-    assert len(finished(found)) == 1
-
-
-def test_a_crash_between_queueing_and_failing_queues_nothing_twice(journal: Path) -> None:
-    found = empty_study(journal)
-    lost = left_running(found)
-    found.enqueue_trial(lost.params, {"retry_of": lost.number, "kills": 1})
-    assert [trial.state for trial in empty_study(journal).trials] == [FAIL, WAITING]
-
-
-def test_what_a_trial_was_asked_to_do_survives_an_early_death(journal: Path) -> None:
-    found = empty_study(journal)
-    found.enqueue_trial({"x": 0.25, "y": 3}, {"default": True})
-    left_running(found)
-    retry = empty_study(journal).trials[1]
-    assert retry.system_attrs["fixed_params"] == {"x": 0.25, "y": 3}
-    assert retry.user_attrs["default"]
-
-
-@pytest.mark.parametrize("owner", ["another machine", "a living parent", "nobody"])
-def test_trials_of_others_are_left_alone_and_have_their_place(
-    journal: Path, owner: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    found = empty_study(journal)
-    alive = study._identity(os.getppid())
-    worker = {"host": "elsewhere"} if owner == "another machine" else {"parent": alive}
-    trial = found.ask() if owner == "nobody" else left_running(found, **worker)
-    found = study.tune(make_quick, **settings(journal, trials=1))
-    assert [trial.state for trial in found.trials] == [RUNNING]
-    assert f"trial {trial.number} still runs on" in capsys.readouterr().out
-
-
-def test_a_process_that_nobody_collected_is_dead() -> None:
-    with subprocess.Popen(["true"]) as process:
-        wait_for(lambda: study._identity(process.pid)[1] is None)
-        assert Path(f"/proc/{process.pid}").exists()
-    assert study._lives(study._identity(os.getpid()))
-
-
-# Whole studies
-
-
-def test_total_is_exact_through_resumes(
-    journal: Path,
-    together: Callable[[int], study.ObjectiveMaker],
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    arguments = settings(journal, trials=15, workers=3, default_params={"x": 1.25})
-    study.tune(together(3), **arguments)
-    size = journal.stat().st_size
-    study.tune(crash, **arguments)  # already there: no worker starts
-    assert journal.stat().st_size == size
-    found = study.tune(together(1), **{**arguments, "trials": 18, "workers": 1})
-    assert [trial.state for trial in found.trials] == [COMPLETE] * 18
-    default, *others = found.trials
-    assert default.params == {"x": 1.25}
-    assert default.user_attrs["default"]
-    assert len({trial.params["x"] for trial in others}) == 17  # nobody repeats anybody's points
-    assert len({str(trial.user_attrs["worker"]["process"]) for trial in found.trials}) == 4
-    output = capfd.readouterr()
-    assert "15/15 trials, 0 pruned, 0 failed, best" in output.out
-    assert output.err == ""
-
-
-def test_troubles_of_trials_are_recorded_and_the_study_goes_on(journal: Path) -> None:
-    arguments = settings(journal, trials=9, pruner="asha", sampler="tpe", max_epochs=5)
-    found = study.tune(make_troubled, **arguments)
-    states = [trial.state for trial in found.trials]
-    assert states[:6] == [COMPLETE, FAIL, FAIL, FAIL, FAIL, PRUNED]
-    assert len(finished(found)) == len(states) == 9
-    assert [trial.user_attrs["reason"] for trial in found.trials[1:5]] == [
-        "MemoryError",
-        "the objective returned nan",
-        "ValueError: no such thing",
-        "CUDA out of memory. Tried to allocate 2 GiB.",
+def rows(name: str, *values: float | None) -> list[dict[str, Any]]:
+    about = {"configuration": name, "parameters": 7, "steps": 9, "train_seconds": 1.5}
+    return [
+        about | {"status": "failed" if value is None else "ok", "top1": value} for value in values
     ]
-    assert found.trials[5].intermediate_values == {1: 0.1}
 
 
-def test_a_default_trial_that_fails_unexpectedly_stops_and_is_tried_again(journal: Path) -> None:
-    arguments = settings(journal, default_params={"x": 0.5})
-    with pytest.raises(RuntimeError, match="default trial failed: ValueError: bug") as raised:
-        study.tune(functools.partial(make_failing, ValueError("bug")), **arguments)
-    assert "in objective" in raised.value.__notes__[0]  # where it happened
-    with pytest.raises(UserError, match="mend me"):
-        study.tune(functools.partial(make_failing, UserError("mend me")), **arguments)
-    found = study.tune(make_quick, **arguments)
-    assert [trial.state for trial in found.trials] == [FAIL, FAIL, *[COMPLETE] * 4]
-    assert found.trials[2].params == {"x": 0.5}
-    assert found.trials[2].user_attrs["default"]
+def test_summary_has_students_interval_and_welchs_difference() -> None:
+    first, second = [80.0, 81.0, 80.4], [81.0, 82.0, 81.8, 81.2]
+    both = rows("default", *first, None) + rows("best", *second)
+    default, best = study.summarize(both, "top1", stage="final")
+    assert default["stage"] == "final"
+    assert (default["trainings"], best["trainings"]) == (3, 4)
+    low, high = stats.t.interval(0.95, 2, default["top1_percent_mean"], stats.sem(first))
+    assert (default["top1_percent_low"], default["top1_percent_high"]) == pytest.approx((low, high))
+    assert "difference_points" not in default
+    assert best["difference_points"] == pytest.approx(sum(second) / 4 - sum(first) / 3)
+    variances = [stats.sem(second) ** 2, stats.sem(first) ** 2]
+    freedom = sum(variances) ** 2 / (variances[0] ** 2 / 3 + variances[1] ** 2 / 2)
+    half = stats.t.ppf(0.975, freedom) * sum(variances) ** 0.5
+    assert best["difference_high_points"] - best["difference_points"] == pytest.approx(half)
+    assert best["difference_points"] - best["difference_low_points"] == pytest.approx(half)
 
 
-def test_a_study_without_any_success_stops(journal: Path) -> None:
-    maker = functools.partial(make_failing, MemoryError("no room"))
-    with pytest.raises(UserError, match=r"none of the first 5 trials succeeded.* no room"):
-        study.tune(maker, **settings(journal, trials=50))
-    assert len(study.load_study(str(journal), "small").trials) == 5
+def test_two_seeds_have_no_interval_and_none_no_row() -> None:
+    (pair,) = study.summarize(rows("best", 80.0, 81.0), "top1")
+    assert pair["top1_percent_sd"] > 0
+    assert "top1_percent_low" not in pair
+    assert study.summarize(rows("best", None), "top1") == []
 
 
-@pytest.mark.parametrize("error", [UserError("no data"), ValueError("no data")])
-def test_an_objective_that_cannot_be_made(journal: Path, error: Exception) -> None:
-    kind = UserError if isinstance(error, UserError) else RuntimeError
-    with pytest.raises(kind, match="no data"):
-        study.tune(functools.partial(fail_to_make, error), **settings(journal))
-    assert study.load_study(str(journal), "small").trials == []
+def test_importances_want_enough_trials_and_find_what_matters() -> None:
+    found = optuna.create_study(direction="maximize")
+    for i in range(30):
+        params = {"x": i / 30, "y": 7 * i % 30 / 30}
+        found.add_trial(create_trial(params=params, distributions=SPACE, value=i / 30))
+        if i == study.MIN_COMPLETE - 2:
+            assert study.importance_rows(found) == []
+    first, second = study.importance_rows(found)
+    assert (first["hyperparameter"], first["complete_trials"]) == ("x", 30)
+    assert first["importance"] > 0.6 > second["importance"]
 
 
-def test_workers_that_keep_dying_stop_the_study(journal: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"3 workers died in a row.* ended with 3"):
-        study.tune(crash, **settings(journal))
+# --- real processes -------------------------------------------------------------------------------
 
 
-def test_parameters_that_kill_twice_are_not_tried_a_third_time(journal: Path) -> None:
-    found = study.tune(make_quick, **settings(journal, trials=2, default_params={"x": DEADLY}))
-    assert [trial.state for trial in found.trials] == [FAIL, FAIL, COMPLETE]
-    assert "killed" in found.trials[0].user_attrs["interrupted"]
-    assert "killed" in found.trials[1].user_attrs["reason"]
-    assert found.trials[1].params == {"x": DEADLY}
+def start(storage: str, pause_s: float = 0.2, dead_after_s: float = 0) -> subprocess.Popen[bytes]:
+    code = "from tests.study_objectives import main; raise SystemExit(main())"
+    command = [sys.executable, "-c", code, storage, str(pause_s), str(dead_after_s)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
 
 
-def test_no_trial_starts_when_time_is_up(journal: Path) -> None:
-    found = study.tune(make_quick, **settings(journal, timeout=0.01))
-    assert found.trials == []
+def wait_for_trials(journal: Path, process: subprocess.Popen[bytes], number: int) -> None:
+    """Until so many trials have been completed since the journal's beginning."""
+    end = time.monotonic() + 120
+    while not (journal.exists() and journal.read_bytes().count(b'"state":1') >= number):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
 
 
-def test_a_running_trial_may_finish_when_time_is_up(
-    journal: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The parent's clock leaps as soon as it has handed out a trial."""
-    dispatch, clock = study._dispatch, time.monotonic
-
-    def leap(*arguments: Any) -> None:
-        dispatch(*arguments)
-        monkeypatch.setattr(time, "monotonic", lambda: clock() + 1000)
-
-    monkeypatch.setattr(study, "_dispatch", leap)
-    found = study.tune(make_quick, **settings(journal, timeout=500))
-    assert [trial.state for trial in found.trials] == [COMPLETE]
+def last_worker(journal: Path) -> int:
+    """The process that did the last complete training."""
+    return int(journal.read_bytes().rpartition(b'"pid":')[2].partition(b",")[0])
 
 
-def test_workers_share_the_threads_of_the_cpu(journal: Path) -> None:
-    found = study.tune(make_count_threads, **settings(journal, workers=2, trials=2))
-    share = max(1, torch.get_num_threads() // 2)
-    assert [trial.value for trial in found.trials] == [share, share]
-
-
-def test_workers_take_turns_on_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    chosen: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    devices = [study._claim_device(torch.device("cuda"), 3, index) for index in range(3)]
-    assert devices == chosen == [torch.device("cuda", number) for number in (0, 1, 0)]
-
-
-def test_sqlite(tmp_path: Path, together: Callable[[int], study.ObjectiveMaker]) -> None:
-    storage = f"sqlite:///{tmp_path}/study.db"
-    arguments = settings(storage, trials=8, workers=2, default_params={"x": 1.25})
-    found = study.tune(together(2), **arguments)
-    assert [trial.state for trial in found.trials] == [COMPLETE] * 8
-    assert found.trials[0].params == {"x": 1.25}
-
-
-# Killed in the middle
-
-
-def kill_one_worker(storage: str, kept: dict[int, float | None], seed: int) -> None:
-    """Kill a worker some time after all three run, and note what was finished before."""
-    generator = random.Random(seed)
-    wait_for(lambda: len(active_children()) == 3)
-    victim = generator.choice(active_children())
-    wait_for(lambda: is_at_work(storage, victim.pid))
-    time.sleep(generator.uniform(0, 0.3))
-    kept.update({t.number: t.value for t in finished(study.load_study(storage, "small"))})
-    victim.kill()
-
-
-def is_at_work(storage: str, pid: int | None) -> bool:
-    with contextlib.suppress(UserError):
-        running = in_state(study.load_study(storage, "small"), RUNNING)
-        return any(trial.user_attrs["worker"]["process"][0] == pid for trial in running)
-    return False
-
-
-def check_after_kill(found: optuna.Study, total: int) -> list[FrozenTrial]:
-    """The total is exact, nothing runs, and each interrupted trial was repeated once."""
-    assert len(finished(found)) == total
-    assert not in_state(found, RUNNING) + in_state(found, WAITING)
-    lost = [trial for trial in found.trials if not study.is_finished(trial)]
-    for trial in lost:
-        (retry,) = (t for t in found.trials if t.user_attrs.get("retry_of") == trial.number)
-        assert retry.params.items() >= trial.params.items()
-    return lost
-
-
-def kill_round(storage: str, seed: int, maker: study.ObjectiveMaker, total: int = 50) -> int:
-    kept: dict[int, float | None] = {}
-    killer = threading.Thread(target=kill_one_worker, args=(storage, kept, seed))
-    killer.start()
-    found = study.tune(maker, **settings(storage, trials=total, workers=3, seed=seed))
-    killer.join()
-    assert len(kept) < total - 10  # it was killed in the middle
-    assert all(found.trials[number].value == value for number, value in kept.items())
-    lost = check_after_kill(found, total)
-    assert len(lost) <= 1  # none, if it was killed between two trials
-    return len(lost)
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 @pytest.mark.parametrize("seed", range(ROUNDS))
-def test_a_killed_worker_costs_nothing(
-    journal: Path, together: Callable[[int], study.ObjectiveMaker], seed: int
-) -> None:
-    lost = kill_round(str(journal), seed, together(3))
-    print(f"round {seed}: {lost} interrupted")
-
-
-@contextlib.contextmanager
-def tuning(storage: Path, trials: int, pause_s: float) -> Iterator[subprocess.Popen[str]]:
-    """A process that tunes with two workers."""
-    code = "from tests.study_objectives import main; raise SystemExit(main())"
-    command = [sys.executable, "-c", code, str(storage), "2", str(trials), str(pause_s)]
-    process = subprocess.Popen(
-        command, cwd=ROOT, text=True, stderr=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        yield process
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def workers_at_work(storage: Path) -> set[int]:
-    if not storage.exists():
-        return set()
-    with contextlib.suppress(UserError):
-        running = in_state(study.load_study(str(storage), "small"), RUNNING)
-        return {trial.user_attrs["worker"]["process"][0] for trial in running}
-    return set()
-
-
-def test_a_killed_parent_takes_its_workers_along_and_the_study_resumes(journal: Path) -> None:
-    def done() -> dict[int, float | None]:
-        return {t.number: t.value for t in finished(study.load_study(str(journal), "small"))}
-
-    with tuning(journal, trials=8, pause_s=1) as process:
-        wait_for(lambda: workers_at_work(journal))
-        wait_for(lambda: len(done()) >= 2 and len(workers_at_work(journal)) == 2)
-        pids, kept = workers_at_work(journal), done()
+def test_killed_processes_cost_nothing(journal: Path, seed: int) -> None:
+    """A worker in the search, then the run itself, at a moment and a stage by chance."""
+    generator = random.Random(seed)
+    with start(str(journal)) as process:
+        wait_for_trials(journal, process, generator.randrange(1, 5))
+        time.sleep(generator.uniform(0, 0.2))
+        os.kill(last_worker(journal), signal.SIGKILL)
+        wait_for_trials(journal, process, 5 + generator.randrange(10))
+        time.sleep(generator.uniform(0, 0.2))
+        worker = last_worker(journal)
         process.kill()
-        process.wait()  # the workers may still be there, and it is to wait for them
-        found = study.tune(make_quick, **settings(journal, trials=8, workers=1))
-        assert all(study._identity(pid)[1] is None for pid in pids)
-    assert kept.items() <= {trial.number: trial.value for trial in found.trials}.items()
-    assert len(check_after_kill(found, total=8)) == 2
+        process.wait()
+        end = time.monotonic() + 60
+        while lives(worker):  # it ends with the run
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    kept = values_in(journal)
+    assert len(kept) >= 5
+    found = run_all(str(journal))
+    assert finish(found).items() >= kept.items()
+    assert any("killed" in t.user_attrs.get("reason", "") for t in found["search"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_even_stubborn_workers_soon(journal: Path, number: signal.Signals) -> None:
-    with tuning(journal, trials=4, pause_s=60) as process:
-        wait_for(lambda: len(workers_at_work(journal)) == 2)
-        pids = workers_at_work(journal)
-        start = time.monotonic()
-        os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)
+def test_a_signal_ends_a_run_soon_and_nothing_runs_on(journal: Path) -> None:
+    with start(str(journal), pause_s=0.5) as process:
+        wait_for_trials(journal, process, 2)
+        worker = last_worker(journal)
+        process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
-        assert time.monotonic() - start < 15
     assert process.returncode == 130
-    assert errors == "interrupted: everything finished so far is kept\n"
-    assert all(study._identity(pid)[1] is None for pid in pids)
-    trials = study.load_study(str(journal), "small").trials
-    assert [trial.state for trial in trials] == [FAIL, FAIL, WAITING, WAITING]
-    assert {t.user_attrs["interrupted"] for t in trials[:2]} == {"the study was stopped"}
-    retries = {t.user_attrs["retry_of"]: t.system_attrs["fixed_params"] for t in trials[2:]}
-    assert retries == {t.number: t.params for t in trials[:2]}
-    assert {t.user_attrs["kills"] for t in trials[2:]} == {0}  # it was not their fault
+    assert b"Traceback" not in errors
+    assert not lives(worker)
+    with study.opened(str(journal)) as storage:
+        trials = optuna.load_study(study_name="search", storage=storage).trials
+    assert not [trial for trial in trials if trial.state == RUNNING]
+    assert {trial.user_attrs["tries"] for trial in trials if trial.state == WAITING} == {1}
 
 
-# PostgreSQL
+def test_a_worker_that_dies_is_replaced(journal: Path) -> None:
+    """The process itself, not a stand-in: three deaths of one trial, then the next ones."""
+
+    def job_of(trial: optuna.Trial) -> study.Job:
+        function, arguments = search_job(train, trial)
+        return (die if trial.user_attrs["seed"] == 0 else function), arguments
+
+    with study.opened(str(journal)) as storage, study.Crew([CPU], 1) as crew:
+        found = study.open_study(storage, "search", SETTING)
+        study.work_off(found, crew, SPACE, job_of, lambda: None, 2)
+    by_seed = sorted((t.user_attrs["seed"], t.state.name) for t in found.trials)
+    assert by_seed == [(0, "FAIL"), (0, "FAIL"), (0, "FAIL"), (1, "COMPLETE")]
+
+
+# --- PostgreSQL -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -475,8 +553,16 @@ def postgresql() -> Iterator[str]:
             subprocess.run([*control, "-m", "immediate", "stop"], **options)
 
 
-def test_postgresql(postgresql: str, together: Callable[[int], study.ObjectiveMaker]) -> None:
-    """Three workers of which one is killed, then a resume."""
-    kill_round(postgresql, 0, together(3))
-    found = study.tune(make_quick, **settings(postgresql, trials=52))
-    check_after_kill(found, total=52)
+def test_three_machines_share_a_database(postgresql: str) -> None:
+    processes = [start(postgresql, 0.3, dead_after_s=5) for _ in range(3)]
+    time.sleep(8)
+    processes[0].kill()
+    for process in processes[1:]:
+        _, errors = process.communicate(timeout=180)
+        assert process.returncode == 0, errors
+    processes[0].communicate()
+    with study.opened(postgresql) as storage:
+        for name, total in TOTALS.items():
+            found = optuna.load_study(study_name=name, storage=storage)
+            assert not study.in_state(found, RUNNING) + study.in_state(found, WAITING)
+            assert total <= len(study.best_trials(found)) <= total + 2

@@ -1,528 +1,457 @@
-"""Worker processes and crash-safe bookkeeping of an Optuna study, whatever it tunes.
+"""Optuna studies whose trials are trained in worker processes, and which survive any kill.
 
-The storage is the only truth. The parent alone hands out trials, one at a time over each worker's
-own pipe, and creates each in the storage under the name of its worker: so it knows whose trial a
-dead worker leaves and queues its parameters again, as the next run does for a dead parent. No lock
-or queue is shared that a killed process could hold for ever; workers end when their parent does.
+One process asks Optuna for trials, lets a worker on each device train them and tells how it went;
+workers know nothing of Optuna. A journal belongs to one command at a time, so that whatever is
+RUNNING in it when a command begins was lost with an earlier one, and is queued again.
 
-User attributes of a trial: `worker` (its host, process and parent), `default`, `reason` (a failure
-of its own, which counts as finished), `interrupted` (one that does not), `retry_of`, `kills`.
+User attributes of a trial: what it trains (`configuration`, `hparams`, `seed`), how that went
+(`status`, `reason`, `columns`), and `tries` and `retry_of` if it was queued again.
 """
 
 import contextlib
-import faulthandler
-import functools
-import gc
-import math
-import multiprocessing
+import fcntl
+import json
 import os
-import signal
-import socket
-import threading
+import re
 import time
-import traceback
-from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+import uuid
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from types import FrameType
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import optuna
+import pandas as pd
 import torch
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
+from scipy import stats
+from sqlalchemy.exc import SQLAlchemyError
 from tqdm import tqdm
 
-from utils.cli import UserError, check_name, first_line
-from utils.study_storage import DATABASE_ERRORS, create_study, load_study, mendable, redacted
+from utils.cli import UserError, check_interrupt, first_line
+from utils.workers import Outcome, Worker, attempt
 
-Objective = Callable[[optuna.Trial], float]
-ObjectiveMaker = Callable[[torch.device], Objective]
+Row = dict[str, Any]
 
-SAMPLERS = ("tpe", "random")
-PRUNERS = ("hyperband", "asha", "median", "none")
-KILLS = 2  # parameters that have taken their process down so often are not tried again
-HOPELESS = 5  # stop when so many trials have failed and none has succeeded
-GRACE_S = 3  # from SIGTERM to SIGKILL
+SAMPLERS = ("gp", "tpe", "random")
+TRIES = 3  # of a training whose process dies or whose seconds are off
+HOPELESS = 5  # stop when so many trainings have failed and none has succeeded
+MIN_COMPLETE = 25  # trials; with fewer, importances are noise
+DATABASE_ERRORS = (SQLAlchemyError, StorageInternalError)
+# And what a missing driver, a folder and a damaged journal raise.
+OPENING_ERRORS = (
+    *DATABASE_ERRORS,
+    *(AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+)
+
+# --- storages -------------------------------------------------------------------------------------
 
 
-def tune(
-    make_objective: ObjectiveMaker,
-    *,
-    storage: str,
-    study_name: str,
-    trials: int,
-    workers: int,
-    device: torch.device,
-    sampler: str,
-    pruner: str,
-    max_epochs: int,
-    seed: int,
-    timeout: float | None = None,
-    default_params: dict[str, Any] | None = None,
-    setting: dict[str, Any] | None = None,
-    fresh: bool = False,
-    on_open: Callable[[optuna.Study], None] | None = None,
-) -> optuna.Study:
-    """Maximise an objective in worker processes until the study has `trials` finished trials.
-
-    Finished are complete, pruned and failed trials; those whose process was killed or stopped are
-    queued again and do not count. Several machines at work on one study may overshoot by a trial
-    each. Call it from the main thread: SIGINT and SIGTERM let a record be written, end the workers
-    within seconds and leave nothing running.
-
-    Args:
-        make_objective: called once in each worker with its device; it must pickle.
-        storage: see `study_storage.open_storage`.
-        trials: total over all workers and all earlier runs.
-        device: of type cuda: worker i takes GPU i modulo their number; cpu: they share the threads.
-        max_epochs: reports of a trial that runs to its end, in steps 1, 2, …
-        timeout: seconds after which no trial is started; the running ones are finished.
-        on_open: called with the study when it has been opened and may be continued.
-        default_params: trial 0 of a new study.
-        setting: what all trials must share, in JSON's types; kept in the study's user attributes.
-        fresh: delete the study of this name first.
+@contextlib.contextmanager
+def opened(text: str) -> Iterator[BaseStorage]:
+    """The journal file or, for a URL, the database, which several machines may share.
 
     Raises:
-        UserError: the storage, another direction or setting, a UserError of `make_objective` or
-            in the default trial, or none of the first trials succeeded.
-        RuntimeError: `make_objective` failed, or the default trial did for another reason than
-            memory or a value that is not finite, or workers keep dying.
-        KeyboardInterrupt: SIGINT or SIGTERM.
+        UserError: it cannot be used, in one line without a password; or the journal is in use.
     """
-    deadline = time.monotonic() + (math.inf if timeout is None else timeout)
-    check_name(sampler, SAMPLERS, "sampler")
-    built_pruner = make_pruner(pruner, max_epochs)
-    with mendable(storage, *DATABASE_ERRORS), _signals_noted() as signals:
-        study = create_study(storage, study_name, fresh)
-        _check_setting(study, setting or {})
-        if on_open is not None:
-            on_open(study)
-        _recover(study)
-        if default_params and not study.get_trials(deepcopy=False):
-            study.enqueue_trial(default_params, user_attrs={"default": True})
-        workers = min(workers, trials_left(study, trials))
-        work = functools.partial(
-            _work,
-            make_objective,
-            functools.partial(_claim_device, device, workers),
-            functools.partial(load_study, storage, study_name),
-            functools.partial(make_sampler, sampler, seed),
-            built_pruner,
-        )
-        crew: list[_Worker] = []
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.filterwarnings("ignore", category=ExperimentalWarning)
+    with contextlib.ExitStack() as stack:
+        with _in_one_line(text, OPENING_ERRORS):
+            if is_shared(text):
+                storage: BaseStorage = RDBStorage(text, engine_kwargs={"pool_pre_ping": True})
+            else:
+                stack.enter_context(_owned(Path(text)))
+                storage = JournalStorage(JournalFileBackend(text, lock_obj=_NoLock(text)))
+        with _in_one_line(text, DATABASE_ERRORS):
+            yield storage
+
+
+def is_shared(storage: str) -> bool:
+    return "://" in storage
+
+
+@contextlib.contextmanager
+def _in_one_line(storage: str, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        cause: Any = error.__cause__ or error
+        text = first_line(getattr(cause, "orig", None) or cause)  # the driver's own words
+        shown, text = (re.sub(r"//.*@", "//…@", part) for part in (storage, text))
+        raise UserError(f"--storage {shown} cannot be used: {text}") from error
+
+
+@contextlib.contextmanager
+def _owned(path: Path) -> Iterator[None]:
+    """Hold a journal for this command alone: the lock ends with its process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as companion:
         try:
-            crew.extend(_start(work, index) for index in range(workers))
-            _lead(crew, work, study, trials, deadline, signals)
-        finally:
-            _stop(crew)
-            for trial in filter(_is_ours, _running(study)):
-                _give_up(study, trial, "the study was stopped", killed=False)
-        _note_others(study, storage)
-        if signals:
-            raise KeyboardInterrupt
+            fcntl.flock(companion, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{path} is in use by another run: wait for its end, or name another --storage"
+            ) from error
+        _drop_torn_line(path)
+        yield
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut off half a record, which a kill can leave: the next would make the journal unreadable.
+
+    Raises:
+        ValueError: it is no journal, or its last line is damaged, which Optuna notices too late.
+    """
+    content, start = path.read_bytes() if path.exists() else b"", b'{"op_code":'
+    if content[: len(start)] != start[: len(content)]:
+        raise ValueError("it is not a journal of Optuna's")
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole:
+        json.loads(whole.splitlines()[-1])
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+
+
+class _NoLock(JournalFileOpenLock):
+    """Optuna's own lock files outlive a kill, and the command holds the journal anyway."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        return
+
+
+def open_study(storage: BaseStorage, name: str, setting: Row) -> optuna.Study:
+    """Open or create a study that maximises; UserError if it was made with another setting.
+
+    `setting` is what all its trials must share, in JSON's types.
+    """
+    study = optuna.create_study(
+        storage=storage, study_name=name, direction="maximize", load_if_exists=True
+    )
+    if not study.get_trials(deepcopy=False):
+        study.set_user_attr("setting", setting)
+    known = study.user_attrs.get("setting", {})
+    for key, value in setting.items():
+        if known.get(key) != value:
+            raise UserError(
+                f"study {name!r} was made with {key} {known.get(key)}, now it is {value}: go back "
+                "to that, or take another --study-name"
+            )
     return study
 
 
-def make_sampler(name: str, seed: int, number: int) -> optuna.samplers.BaseSampler:
-    """A sampler for one trial: TPE as Optuna sets it up, or random search.
+def make_sampler(name: str, seed: int, begun: int, shared: bool) -> optuna.samplers.BaseSampler:
+    """A sampler that repeats no point of the `begun` trials that a study has.
 
-    It keeps nothing but its random state between trials, so each trial can have its own: no worker
-    and no later run repeats another's points. Seed and number are mixed, not added: study 1 is not
-    to be study 0 moved by one trial.
+    Nor of another machine that begins at the same moment, if the storage is shared.
     """
-    mixed = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-    if name == "random":
-        return optuna.samplers.RandomSampler(mixed)
-    return optuna.samplers.TPESampler(seed=mixed)
+    numbers = (seed, begun, uuid.getnode() if shared else 0)
+    mixed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=mixed)
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=mixed)
+    return optuna.samplers.RandomSampler(mixed)
 
 
-def make_pruner(name: str, max_epochs: int) -> optuna.pruners.BasePruner:
-    """The pruner of this name for trials that report in steps 1 to `max_epochs`.
-
-    Halving decides after about 1/5 and 3/5 of the epochs: under a one-cycle schedule it is blind
-    before. Where its rungs divide, it also does after the last: an objective should not ask there.
-    """
-    check_name(name, PRUNERS, "pruner")
-    # Rounded, so that 9 times the first rung is never reached: hyperband then has 2 brackets at
-    # most, and each wants some 10 trials before it is any use.
-    first_rung = max(1, round(max_epochs / 5))
-    if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(first_rung, max_epochs, reduction_factor=3)
-    if name == "asha":
-        return optuna.pruners.SuccessiveHalvingPruner(first_rung, reduction_factor=3)
-    if name == "median":
-        return optuna.pruners.MedianPruner(n_startup_trials=8, n_warmup_steps=max_epochs // 4)
-    return optuna.pruners.NopPruner()
+# --- trials ---------------------------------------------------------------------------------------
 
 
-def is_finished(trial: FrozenTrial) -> bool:
-    """Whether a trial counts: complete, pruned, or failed for a reason of its own."""
-    return trial.state in (TrialState.COMPLETE, TrialState.PRUNED) or (
-        trial.state == TrialState.FAIL and "reason" in trial.user_attrs
-    )
+def in_state(study: optuna.Study, state: TrialState) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=(state,))
 
 
-# Bookkeeping
-
-
-def _check_setting(study: optuna.Study, setting: dict[str, Any]) -> None:
-    """Note the setting of a new study; refuse to continue one that was made with another."""
-    if not study.get_trials(deepcopy=False):
-        study.set_user_attr("setting", setting)
-    for key, value in study.user_attrs.get("setting", {}).items():
-        if setting.get(key) != value:
-            raise UserError(
-                f"study {study.study_name!r} was made with {key} {value}, now it is "
-                f"{setting.get(key)}: go back to that, or use another --study-name or --fresh"
-            )
-
-
-def _recover(study: optuna.Study) -> None:
-    """Queue again what earlier runs on this machine left running when they were killed."""
-    for trial in _running(study):
-        worker = trial.user_attrs.get("worker", {})
-        if worker.get("host") != socket.gethostname() or _lives(worker["parent"]):
-            continue
-        patience = time.monotonic() + 10  # an orphan ends itself; freeing a GPU takes a while
-        while _lives(worker["process"]) and time.monotonic() < patience:
-            time.sleep(0.1)
-        if not _lives(worker["process"]):
-            print(f"trial {trial.number} was left running by a process that is gone")
-            _give_up(study, trial, "its process is gone", killed=True)
-
-
-def trials_left(study: optuna.Study, total: int) -> int:
-    """How many trials may still be handed out. Those that run, here or elsewhere, have theirs."""
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that are complete, or have failed and were not queued again."""
     trials = study.get_trials(deepcopy=False)
-    return total - sum(is_finished(t) or t.state == TrialState.RUNNING for t in trials)
+    retried = {trial.user_attrs.get("retry_of") for trial in trials}
+    return [t for t in trials if t.state.is_finished() and t.number not in retried]
 
 
-def _running(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+def left(study: optuna.Study, total: int | None) -> int:
+    """How many trials are still to begin: of `total`, or of those that are queued if None."""
+    if total is None:
+        return len(in_state(study, TrialState.WAITING))
+    return total - len(finished(study)) - len(in_state(study, TrialState.RUNNING))
 
 
-def _take_trial(study: optuna.Study, pid: int | None) -> int:
-    """Number of a queued or else a new trial, running in the name of the worker `pid`."""
-    storage, us = study._storage, _identity(os.getpid())
-    worker = {"host": socket.gethostname(), "process": _identity(pid), "parent": us}
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        with contextlib.suppress(UpdateFinishedTrialError):  # another machine was quicker
-            # Named first: killed between the two, we leave no running trial without an owner.
-            storage.set_trial_user_attr(trial._trial_id, "worker", worker)
-            if storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING):
-                return trial.number
-    named = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"worker": worker})
-    return storage.get_trial_number_from_id(storage.create_new_trial(study._study_id, named))
+def best_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The complete trials, the highest value first."""
+    complete = in_state(study, TrialState.COMPLETE)
+    return sorted(complete, key=lambda trial: trial.value or 0.0, reverse=True)
 
 
-def _give_up(study: optuna.Study, trial: FrozenTrial, cause: str, killed: bool) -> None:
-    """Fail a running trial whose process is gone and, before `KILLS`, queue its parameters."""
-    kills = trial.user_attrs.get("kills", 0) + killed
-    key, text = ("interrupted", cause) if kills < KILLS else ("reason", f"{cause}, {kills} times")
-    others = study.get_trials(deepcopy=False)
-    queued = any(other.user_attrs.get("retry_of") == trial.number for other in others)
-    if kills < KILLS and not queued:  # before it fails: a crash must not lose the parameters
-        # A queued trial that died early has not yet taken up all that was asked of it.
-        params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        kept = {"default": True} if "default" in trial.user_attrs else {}
-        study.enqueue_trial(params, {**kept, "retry_of": trial.number, "kills": kills})
-    with contextlib.suppress(UpdateFinishedTrialError):  # so has another run that recovers
-        study._storage.set_trial_user_attr(trial._trial_id, key, text)
-        study._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+def queue(study: optuna.Study, configurations: Mapping[str, Row], seeds: Iterable[int]) -> None:
+    """Queue a training of each configuration with each seed, as far as it is not there yet.
 
-
-def _identity(pid: int | None) -> list[int | None]:
-    """A process and its start in clock ticks after boot; None if it does not run."""
-    with contextlib.suppress(OSError):
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        if fields[0] not in "ZX":  # ended, but its parent has not asked for its exit code
-            return [pid, int(fields[19])]
-    return [pid, None]
-
-
-def _lives(process: list[int | None]) -> bool:
-    """Whether it runs. Without /proc none seems to: there, run one command at a time."""
-    return process[1] is not None and _identity(process[0]) == process
-
-
-def _is_ours(trial: FrozenTrial) -> bool:
-    worker = trial.user_attrs.get("worker", {})
-    return worker.get("host") == socket.gethostname() and worker["parent"] == _identity(os.getpid())
-
-
-def _note_others(study: optuna.Study, storage: str) -> None:
-    for trial in _running(study):
-        host = trial.user_attrs.get("worker", {}).get("host", "an unknown host")
-        print(
-            f"note: trial {trial.number} still runs on {host}; if that is gone: optuna tell "
-            f"--storage {redacted(storage)} --study-name {study.study_name} "
-            f"--trial-number {trial.number} --state fail"
-        )
-
-
-# Parent
-
-
-@dataclass
-class _Worker:
-    """The parent's view of a worker."""
-
-    index: int
-    process: BaseProcess
-    pipe: Connection
-    trial: int | None = None  # the number of the trial it was given
-    dismissed: bool = False
-
-
-def _start(work: Callable[[int, Connection], None], index: int) -> _Worker:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=work, args=(index, theirs))
-    # Ctrl-C reaches the whole process group; a worker must not die of it while it still imports.
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    process.start()
-    signal.signal(signal.SIGINT, handler)
-    theirs.close()
-    return _Worker(index, process, ours)
-
-
-def _lead(
-    crew: list[_Worker],
-    work: Callable[[int, Connection], None],
-    study: optuna.Study,
-    total: int,
-    deadline: float,
-    signals: list[int],
-) -> None:
-    """Hand out trials until `total` are finished or time is up; replace workers that die."""
-
-    def may_start() -> bool:
-        return time.monotonic() < deadline and trials_left(study, total) > 0
-
-    workers, deaths = len(crew), 0  # deaths in a row, without a finished trial between them
-    with _progress(study, total) as report:
-        while present := [worker for worker in crew if not worker.dismissed]:
-            if all(worker.trial is None for worker in present) and not may_start():
-                return  # nobody waits for those that still load their data
-            wait([worker.pipe for worker in present], timeout=0.5)
-            if signals:
-                raise KeyboardInterrupt
-            for worker in present:
-                alive = worker.process.is_alive()  # asked first: its last words may be in the pipe
-                if worker.pipe.poll() and _is_ready(worker):
-                    deaths = deaths if worker.trial is None else 0
-                    report()
-                    _dispatch(worker, study, may_start())
-                elif not alive:
-                    crew.remove(worker)
-                    deaths = deaths + 1 if _bury(worker, study) else 0
-                    if deaths >= 3 * workers:
-                        raise RuntimeError(f"{deaths} workers died in a row: {_cause(worker)}")
-                    if may_start():
-                        crew.append(_start(work, worker.index))
-
-
-def _is_ready(worker: _Worker) -> bool:
-    """Whether it wants a trial, not if it is dead; an error that it reports is raised here."""
-    try:
-        error: Exception | None = worker.pipe.recv()
-    except (EOFError, OSError):
-        return False
-    if error:
-        raise error
-    return True
-
-
-def _dispatch(worker: _Worker, study: optuna.Study, may_start: bool) -> None:
-    """Give it a trial or its leave."""
-    worker.trial = _take_trial(study, worker.process.pid) if may_start else None
-    worker.dismissed = not may_start
-    with contextlib.suppress(OSError):  # it has just died; the next look finds that out
-        worker.pipe.send(worker.trial)
-
-
-def _bury(worker: _Worker, study: optuna.Study) -> bool:
-    """Give up the trial of a dead worker; False if it was finished."""
-    for trial in _running(study):
-        if trial.number == worker.trial:
-            tqdm.write(f"trial {trial.number}: {_cause(worker)}")
-            _give_up(study, trial, _cause(worker), killed=True)
-            return True
-    return worker.trial is None
-
-
-def _cause(worker: _Worker) -> str:
-    code = worker.process.exitcode or 0
-    if code == -signal.SIGKILL:
-        return "its process was killed (out of memory?)"
-    return f"its process ended with {signal.Signals(-code).name if code < 0 else code}"
-
-
-def _stop(crew: list[_Worker]) -> None:
-    """End all workers; those dismissed get a little time to do so by themselves."""
-    for worker in crew:
-        if not worker.dismissed:
-            worker.process.terminate()
-    deadline = time.monotonic() + GRACE_S
-    for worker in crew:
-        worker.process.join(max(0, deadline - time.monotonic()))
-        worker.process.kill()
-        worker.process.join()
-
-
-@contextlib.contextmanager
-def _progress(study: optuna.Study, total: int) -> Iterator[Callable[[], None]]:
-    """A function that shows how far the study is: in a live line, or one now and then in a log."""
-    initial = sum(map(is_finished, study.get_trials(deepcopy=False)))
-    begin = shown_s = time.monotonic()
-    # smoothing=0: the time left from the mean rate, as several workers finish in bursts.
-    bar = tqdm(total=total, initial=initial, unit="trial", smoothing=0, disable=None)
-
-    def report() -> None:
-        nonlocal shown_s
-        trials = [trial for trial in study.get_trials(deepcopy=False) if is_finished(trial)]
-        done, now = len(trials), time.monotonic()
-        if done == bar.n:
-            return
-        text = _summary(trials)
-        bar.set_postfix_str(text, refresh=False)
-        bar.update(done - bar.n)
-        if bar.disable and (now - shown_s > 30 or done >= total):
-            rest_s = (now - begin) / (done - initial) * max(0, total - done)
-            print(f"{done}/{total} trials, {text}, about {rest_s:.0f} s left", flush=True)
-            shown_s = now
-        bar.n = done  # a bar that is not shown does not count
-
-    with bar:
-        yield report
-
-
-def _summary(trials: list[FrozenTrial]) -> str:
-    """Finished trials in words; UserError when the first `HOPELESS` have all failed."""
-    states = Counter(trial.state for trial in trials)
-    if len(trials) == states[TrialState.FAIL] >= HOPELESS:
-        reason = trials[-1].user_attrs["reason"]
-        raise UserError(f"none of the first {len(trials)} trials succeeded; the last one: {reason}")
-    values = [trial.values[0] for trial in trials if trial.state == TrialState.COMPLETE]
-    best = f"{max(values):.4f}" if values else "none yet"
-    return f"{states[TrialState.PRUNED]} pruned, {states[TrialState.FAIL]} failed, best {best}"
-
-
-@contextlib.contextmanager
-def _signals_noted() -> Iterator[list[int]]:
-    """Note SIGINT and SIGTERM instead of breaking off a record; the third is heeded at once."""
-    noted: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        noted.append(number)
-        if len(noted) > 2:
-            raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# Worker
-
-
-def _work(
-    make_objective: ObjectiveMaker,
-    claim_device: Callable[[int], torch.device],
-    open_study: Callable[[], optuna.Study],
-    build_sampler: Callable[[int], optuna.samplers.BaseSampler],
-    pruner: optuna.pruners.BasePruner,
-    index: int,
-    pipe: Connection,
-) -> None:
-    """In a worker: evaluate the trials whose numbers come through the pipe; None ends it.
-
-    It answers None when it wants a trial, and otherwise the error that ends the study.
+    The seeds outside: an interrupted comparison is still a fair one.
     """
-    faulthandler.enable()  # a crash in a library shows where it happened
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    try:
-        device = claim_device(index)
-        objective = make_objective(device)
-        study = open_study()
-    except Exception as error:
-        pipe.send(_portable(error, "the objective could not be set up"))
-        return
-    study.pruner = pruner
-    gc.freeze()  # what is there stays: to look through it would take 0.1 s after every trial
-    failure = None
-    while failure is None:
-        pipe.send(None)
-        if (number := pipe.recv()) is None:
-            return
-        study.sampler = build_sampler(number)
-        failure = _evaluate(study, objective, number)
-        gc.collect()  # a traceback's frames hold on to the trial's tensors in circles
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # raises if the GPU's context is broken: ends this process
-    pipe.send(failure)
+    trials = study.get_trials(deepcopy=False)
+    known = [(trial.user_attrs.get("hparams"), trial.user_attrs.get("seed")) for trial in trials]
+    for seed in seeds:
+        for name, hparams in configurations.items():
+            if (hparams, seed) not in known:
+                asked = {"configuration": name, "hparams": hparams, "seed": seed}
+                study.enqueue_trial({}, user_attrs=asked)
 
 
-def _end_with_parent() -> None:
-    """End this process, in the middle of a trial too, when its parent is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
+def try_again(study: optuna.Study, number: int, counted: bool = True) -> None:
+    """Fail a running trial and, unless it has had its TRIES, queue what it was to do."""
+    trials = study.get_trials(deepcopy=False)
+    trial = trials[number]
+    tries = trial.user_attrs.get("tries", 1) + counted
+    queued = any(other.user_attrs.get("retry_of") == number for other in trials)
+    if tries <= TRIES and not queued:  # before it fails: a kill in between must not lose it
+        params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+        asked = ("configuration", "hparams", "seed")
+        kept = {key: value for key, value in trial.user_attrs.items() if key in asked}
+        study.enqueue_trial(params, {**kept, "retry_of": number, "tries": tries})
+    study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
-def _claim_device(device: torch.device, workers: int, index: int) -> torch.device:
-    """The GPU of worker `index`, or its share of the CPU's threads."""
-    if device.type == "cuda":
-        device = torch.device("cuda", index % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+def recover(
+    study: optuna.Study, ours: Collection[int], seen: dict[int, float], dead_after_s: float
+) -> bool:
+    """Queue again what dead processes left RUNNING; whether others may still be at work.
+
+    Args:
+        ours: numbers of the trials that this process runs.
+        seen: when each of the others was first seen, by our own clock, as machines disagree.
+        dead_after_s: how long ago that must be.
+    """
+    others = [trial for trial in in_state(study, TrialState.RUNNING) if trial.number not in ours]
+    now = time.monotonic()
+    dead = [t for t in others if now - seen.setdefault(t.number, now) >= dead_after_s]
+    for trial in dead:
+        tqdm.write(f"{study.study_name}, trial {trial.number}: its process is gone")
+        try_again(study, trial.number)
+    return len(dead) < len(others)
+
+
+# --- ask and tell ---------------------------------------------------------------------------------
+
+# A worker's function and its arguments before the device. It returns the trial's value, columns of
+# its row, and why it should be tried again, or nothing.
+Job = tuple[Callable[..., tuple[float, Row, str]], Sequence[Any]]
+Answer = Future[tuple[Outcome, bool]]
+
+
+class Crew:
+    """A worker on each device, and a thread each to wait for it; a context manager."""
+
+    def __init__(self, devices: Sequence[torch.device], ahead: int) -> None:
+        """`ahead`: jobs to keep ready for each device, as it may take seconds to ask for one."""
+        self.capacity = len(devices) * (1 + ahead)
+        self._threads = ThreadPoolExecutor(len(devices))
+        self._workers = {device: Worker() for device in devices}
+        self._idle: SimpleQueue[torch.device | None] = SimpleQueue()
+        for device in devices:
+            self._idle.put(device)
+
+    def submit(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Answer:
+        """Call `function(*arguments, device)` in the next idle worker: see `_run`."""
+        return self._threads.submit(self._run, function, arguments)
+
+    def _run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Outcome, bool]:
+        """The outcome, and whether the worker died of it."""
+        device = self._idle.get()
+        if device is None:
+            raise KeyboardInterrupt
+        worker = self._workers[device]
+        outcome = attempt(worker.run, function, *arguments, device)
+        died = not worker.is_alive()
+        if not outcome.ok:  # its GPU's context may be broken, or its memory full
+            worker.stop()
+        elif not died:
+            self._idle.put(device)
+        return outcome, died
+
+    def replace_dead(self) -> None:
+        """Start a worker where there is none any more; from the main thread."""
+        for device, worker in self._workers.items():
+            if not worker.is_alive():
+                self._workers[device] = Worker()
+                self._idle.put(device)
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers.values():
+            worker.stop()
+            self._idle.put(None)
+        self._threads.shutdown()
+
+
+def work_off(
+    study: optuna.Study,
+    crew: Crew,
+    space: Mapping[str, BaseDistribution],
+    job_of: Callable[[optuna.Trial], Job | None],
+    changed: Callable[[], Any],
+    total: int | None = None,
+    dead_after_s: float = 0.0,
+) -> None:
+    """Train until `total` trials are finished, or the queue is empty if None.
+
+    A trial whose worker dies, or whose training objects to itself, is queued again; so is what runs
+    at a Ctrl-C, which does not count as a try.
+
+    Args:
+        space: of the sampler; empty for a queue.
+        job_of: what a trial is to do; None if nothing, as another machine emptied the queue.
+        changed: called after every trial.
+        dead_after_s: so long, trials that others run are waited for: see `recover`.
+
+    Raises:
+        UserError: a worker's, or none of the first trainings succeeded.
+    """
+    running: dict[Answer, optuna.Trial] = {}
+    seen: dict[int, float] = {}
+    in_all = total or len(finished(study)) + left(study, total)
+    with tqdm(total=in_all, unit="training", smoothing=0, disable=None) as bar:
+        try:
+            while True:
+                ours = [trial.number for trial in running.values()]
+                others = recover(study, ours, seen, dead_after_s)
+                crew.replace_dead()
+                while len(running) < crew.capacity and left(study, total) > 0:
+                    trial = study.ask(dict(space))
+                    if job := job_of(trial):
+                        running[crew.submit(*job)] = trial
+                    else:
+                        study.tell(trial, state=TrialState.FAIL)
+                _show(bar, study)
+                if not running and not others:
+                    return
+                for answer in _wait(running):
+                    _tell(study, running[answer], *answer.result())
+                    del running[answer]
+                    changed()
+        except BaseException:
+            # Where nobody else is at work, also one that was just being asked for.
+            lost = running.values() if dead_after_s else in_state(study, TrialState.RUNNING)
+            for number in [trial.number for trial in lost]:
+                try_again(study, number, counted=False)
+            raise
+
+
+def _wait(running: Collection[Answer]) -> set[Answer]:
+    """What has ended within a second."""
+    if not running:  # others are at work
+        time.sleep(1)
+    done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+    check_interrupt()
+    return done
+
+
+def _tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome, died: bool) -> None:
+    """Record how a training went, or queue it again."""
+    value, columns, objection = outcome.value if outcome.ok else (None, {}, "")
+    status, reason = ("failed", objection) if objection else (outcome.status, outcome.reason)
+    if reason:
+        tqdm.write(f"{study.study_name}, trial {trial.number}: {status}: {reason}")
+    with contextlib.suppress(UpdateFinishedTrialError):  # another machine took us for dead
+        # A database has room for 2048 characters in each.
+        for key, attr in {"status": status, "reason": reason[:500], "columns": columns}.items():
+            trial.set_user_attr(key, attr)
+    if died or objection:
+        try_again(study, trial.number)
     else:
-        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    return device
-
-
-def _evaluate(study: optuna.Study, objective: Objective, number: int) -> Exception | None:
-    """Run a trial and record how it ended; a failure is returned when it must end the study."""
-    # Not study.ask(), which would choose the trial. To list the trials also fills the cache of a
-    # database's storage, on which a trial made by hand relies.
-    (given,) = (trial for trial in study.get_trials(deepcopy=False) if trial.number == number)
-    trial = optuna.Trial(study, given._trial_id)
-    value, state, reason = None, TrialState.FAIL, ""
-    try:
-        value, state = float(objective(trial)), TrialState.COMPLETE
-    except optuna.TrialPruned:
-        state = TrialState.PRUNED
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        reason = first_line(error)
-    except DATABASE_ERRORS:
-        raise  # no fault of these parameters; the parent queues them again
-    except Exception as error:
-        if "default" in trial.user_attrs:
-            return _portable(error, "the default trial failed")
-        reason = f"{type(error).__name__}: {first_line(error)}"
-    if value is not None and not math.isfinite(value):
-        value, state, reason = None, TrialState.FAIL, f"the objective returned {value}"
-    with contextlib.suppress(UpdateFinishedTrialError):  # given up by somebody in the meantime
-        if reason:
-            trial.set_user_attr("reason", reason[:500])  # a database has room for 2048 characters
+        state = TrialState.COMPLETE if outcome.ok else TrialState.FAIL
         study.tell(trial, value, state, skip_if_finished=True)
-    return None
+    done = finished(study)
+    if len(done) >= HOPELESS and all(other.state == TrialState.FAIL for other in done):
+        raise UserError(f"none of the first {len(done)} trainings succeeded; the last: {reason}")
 
 
-def _portable(error: Exception, what: str) -> Exception:
-    """An error in a form that always survives the pipe, with its traceback as a note."""
-    portable: Exception = RuntimeError(f"{what}: {type(error).__name__}: {first_line(error)}")
-    if isinstance(error, UserError):
-        portable = UserError(str(error))
-    portable.add_note(f"In a worker:\n{traceback.format_exc()}")
-    return portable
+def _show(bar: tqdm, study: optuna.Study) -> None:
+    bar.n = len(finished(study))
+    if best := best_trials(study):
+        bar.set_postfix_str(f"best {best[0].value:.2f}", refresh=False)
+    bar.refresh()
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def rows_of(study: optuna.Study, value_column: str) -> list[Row]:
+    """A row for every training that has ended: what it was, how it went, its value and `columns`.
+
+    A trial that was queued again has the status `retried`; its successor's `retry_of` names it.
+    """
+    last = {trial.number for trial in finished(study)}
+    rows = []
+    for trial in study.get_trials(deepcopy=False):
+        about: Row = {"status": "failed", "reason": "its process was stopped or killed"}
+        about |= trial.user_attrs
+        if trial.state.is_finished() and "hparams" in about:
+            rows.append(
+                {
+                    "study": study.study_name,
+                    "trial": trial.number,
+                    **{key: about.get(key) for key in ("configuration", "seed", "retry_of")},
+                    "status": about["status"] if trial.number in last else "retried",
+                    "reason": about["reason"],
+                    value_column: trial.value,
+                    "started": f"{trial.datetime_start:%Y-%m-%dT%H:%M:%S}",
+                    "hparams": json.dumps(about["hparams"]),
+                    **about.get("columns", {}),
+                }
+            )
+    return rows
+
+
+def importance_rows(study: optuna.Study) -> list[Row]:
+    """Importances by PED-ANOVA (Watanabe et al. 2023); none with too few complete trials.
+
+    They tell which hyperparameters set the best tenth of the complete trials apart from the rest,
+    not what happens when one is changed alone.
+    """
+    complete = len(in_state(study, TrialState.COMPLETE))
+    importances = optuna.importance.get_param_importances(study) if complete >= MIN_COMPLETE else {}
+    return [
+        {"hyperparameter": name, "importance": round(value, 4), "complete_trials": complete}
+        for name, value in importances.items()
+    ]
+
+
+def summarize(rows: Iterable[Row], value_column: str, **about: Any) -> list[Row]:
+    """A row for each configuration: the mean over its seeds and the difference from the default.
+
+    From three seeds on with 95 % intervals, Student's of a mean and Welch's of a difference. They
+    speak of other seeds, not of other images.
+    """
+    done = pd.DataFrame([row for row in rows if row["status"] == "ok"])
+    groups = dict(iter(done.groupby("configuration", sort=False))) if len(done) else {}
+    summary: list[Row] = []
+    for name, group in groups.items():
+        values, n = group[value_column].to_numpy(dtype=float), len(group)
+        row: Row = about | {"configuration": name, "trainings": n}
+        row["parameters"] = int(group.parameters.iloc[0])
+        row |= {f"{key}_mean": group[key].mean() for key in ("steps", "train_seconds")}
+        row["top1_percent_mean"] = mean = values.mean()
+        if n > 1:
+            row["top1_percent_sd"] = values.std(ddof=1)
+        if n > 2:
+            half = stats.t.ppf(0.975, n - 1) * stats.sem(values)
+            row |= {"top1_percent_low": mean - half, "top1_percent_high": mean + half}
+        if name != "default" and "default" in groups:
+            default = groups["default"][value_column].to_numpy(dtype=float)
+            row["difference_points"] = mean - default.mean()
+            if min(n, len(default)) > 2:
+                welch = stats.ttest_ind(values, default, equal_var=False).confidence_interval()
+                row |= {"difference_low_points": welch.low, "difference_high_points": welch.high}
+        summary.append(row)
+    return summary
