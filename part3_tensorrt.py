@@ -68,14 +68,15 @@ CHECKED_BATCHES = (1, 3)  # at which an ONNX file is checked; it is exported wit
 CALIBRATION_IMAGES = 256  # training images, none of them scored, that set the 8-bit ranges
 PLAN_FORMAT = 3  # raise it when the builder is configured in another way
 
-PARITY_COLUMNS = ("cosine", "max_difference", "agreement_percent", "images")
-PARITY_COLUMNS = tuple(f"parity_{name}" for name in PARITY_COLUMNS)
-EXPORT_COLUMNS = ("model", "export", "precision", "file", "sha256", "status", "reason")
-EXPORT_COLUMNS += ("onnx_opset", "nodes", "size_mb", "export_seconds")
+PARITY_COLUMNS: tuple[str, ...] = ("parity_cosine", "parity_max_difference")
+PARITY_COLUMNS += ("parity_agreement_percent", "parity_images")
+EXPORT_COLUMNS: tuple[str, ...] = ("model", "export", "precision", "file", "sha256", "status")
+EXPORT_COLUMNS += ("reason", "onnx_opset", "nodes", "size_mb", "export_seconds")
 EXPORT_COLUMNS += (*PARITY_COLUMNS, "checked_batch_sizes", "quantized_weights", "weights")
 EXPORT_COLUMNS += ("quantized_activations", "quantized_work_percent", "calibration_images")
-COLUMNS = ("model", "dataset", "gflop_per_image", "image_size", "candidate", "precision", "device")
-COLUMNS += ("threads", "batch_size", "status", "reason", *timing.LATENCY_COLUMNS)
+COLUMNS: tuple[str, ...] = ("model", "dataset", "gflop_per_image", "image_size", "candidate")
+COLUMNS += ("precision", "device", "threads", "batch_size", "status", "reason")
+COLUMNS += timing.LATENCY_COLUMNS
 COLUMNS += ("graph_baseline", *benchmark.GRAPH_COLUMNS, *benchmark.TRANSFER_COLUMNS)
 COLUMNS += (*PARITY_COLUMNS, *evaluation.ACCURACY_COLUMNS, "accuracy_batch_size", "size_mb")
 COLUMNS += ("engine_memory_mb", "peak_memory_mb", "build_peak_memory_mb", "build_seconds")
@@ -392,8 +393,10 @@ def export_float(precision: str, job: EngineJob, path: Path) -> None:
     export_onnx(module, how.input_size, path, metadata, opset)
 
 
-def find_ranges(run: Run, half: dict[str, Any], names: Sequence[str], job: EngineJob) -> Any:
-    """The ranges of the activations that these exports quantise, over training images.
+def find_ranges(
+    run: Run, half: dict[str, Any], names: Sequence[str], job: EngineJob
+) -> tuple[dict[str, onnx_tools.Range], int]:
+    """The ranges of the activations that these exports quantise, over so many training images.
 
     Raises:
         UnavailableError: there is no fp16 file to start from, or there are no such images.
@@ -402,7 +405,8 @@ def find_ranges(run: Run, half: dict[str, Any], names: Sequence[str], job: Engin
         raise UnavailableError("it starts from the fp16 file, which there is not")
     images = benchmark.load_calibration(run, CALIBRATION_IMAGES)
     with Worker() as worker:
-        return worker.run(calibrate, half, names, images, run.model.preprocessing, job.threads)
+        how = run.model.preprocessing
+        return worker.run(calibrate, half, names, images, how, job.threads), len(images)
 
 
 def calibrate(
@@ -459,8 +463,8 @@ def make_export(
     target = job.engine_dir / f"{run_name(run.source)}-{name}.onnx"
     for file in (target, target.with_name(f"{target.name}.data")):
         file.unlink(missing_ok=True)
-    row = {"model": run.source.name, "export": name, "precision": precision, "status": "ok"}
-    row |= {"file": str(target)}
+    row: dict[str, Any] = {"model": run.source.name, "export": name, "precision": precision}
+    row |= {"file": str(target), "status": "ok"}
     if parts and not ranges.ok:
         return row | ranges.columns
     start = time.perf_counter()
@@ -471,7 +475,8 @@ def make_export(
             source = target.with_name(f"{run_name(run.source)}-fp16.onnx")
             # TensorRT documents scales per channel of fp8 weights for Hopper alone.
             per_channel = precision == "int8" or job.capability == (9, 0)
-            arguments = (source, path, precision, parts, ranges.value, per_channel)
+            widths, row["calibration_images"] = ranges.value
+            arguments = (source, path, precision, parts, widths, per_channel)
             row |= worker.run(onnx_tools.quantize_onnx, *arguments)
         else:
             worker.run(export_float, precision, job, path)
@@ -487,8 +492,8 @@ def make_export(
 
 def check_own(run: Run, path: Path, job: EngineJob, reference: Reference) -> dict[str, Any]:
     """A row of EXPORT_COLUMNS on a user's file."""
-    row = {"model": run.source.name, "export": "own", "precision": "own", "status": "ok"}
-    row |= {"file": str(path)}
+    row: dict[str, Any] = {"model": run.source.name, "export": "own", "precision": "own"}
+    row |= {"file": str(path), "status": "ok"}
     how = run.model.preprocessing
     with recorded(row), Worker() as worker:
         row |= worker.run(check_export, "own", path, job.threads, how, reference)
@@ -504,13 +509,15 @@ def export_all(
     rows: dict[str, dict[str, Any]] = {}
     ranges = Outcome("unavailable", "there are no 8-bit files to make")
     eight_bit = [name for name in names if EXPORTS[name][1]]
-    for name in [*names, *(["own"] if own else [])]:
-        if eight_bit and name == eight_bit[0]:
+    for name in [*names, "own"]:
+        if name in eight_bit[:1]:
             ranges = attempt(find_ranges, run, rows["fp16"], eight_bit, job)
-        if name == "own":
+        if name != "own":
+            row = make_export(run, name, job, reference, ranges)
+        elif own:
             row = check_own(run, own, job, reference)
         else:
-            row = make_export(run, name, job, reference, ranges)
+            continue
         rows[name] = row
         found = f"{row['parity_cosine']:.5f}" if "parity_cosine" in row else ""
         print(f"  {name:20}{found} {row.get('reason', '')}", flush=True)

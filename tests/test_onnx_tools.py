@@ -113,6 +113,8 @@ def test_attention_is_transpose_matmul_softmax_matmul(exported: tuple[nn.Module,
 class Masked(nn.Module):
     """Attention of an image's rows with a mask, as Swin's shifted windows have it."""
 
+    mask: Tensor
+
     def __init__(self, mask: Tensor) -> None:
         super().__init__()
         self.register_buffer("mask", mask)
@@ -452,7 +454,8 @@ TWO_HEADS = [("MatMul", "body head", "a"), ("MatMul", "x head2", "b")]
 def test_classifiers_are_what_the_output_is_made_of(tail: list[tuple[str, str, str]]):
     nodes = [make_node("Relu", "images", "x"), make_node("MatMul", "x matrix", "body")]
     nodes += [make_node(*step) for step in tail]
-    weights = dict.fromkeys(("matrix", "head", "head2"), (32, 32)) | {"constant": (32,)}
+    weights: dict[str, tuple[int, ...]] = {"constant": (32,)}
+    weights |= dict.fromkeys(("matrix", "head", "head2"), (32, 32))
     sites = onnx_tools.find_sites(make_graph(nodes, weights), ["linear"], "int8")
     assert [site.node.name for site in sites if site.axis is not None] == ["body"]
 

@@ -56,6 +56,7 @@ def test_quick_writes_and_checks_every_file(quick: Path):
     assert exports.size_mb["fp16"] < 0.6 * exports.size_mb["fp32"]
     assert exports.quantized_weights.dropna().to_dict() == {"int8-attention": 16, "fp8": 16}
     assert exports.quantized_activations.to_dict()["int8-attention"] == 32
+    assert set(exports.calibration_images.dropna()) == {part3.CALIBRATION_IMAGES}
     files = {path.name for path in (quick / "engines").iterdir()} - {".lock"}
     assert files == {f"vit_digits-{name}.onnx" for name in exports.index}
     metadata = ir.load(quick / "engines" / "vit_digits-fp8.onnx").metadata_props
