@@ -243,7 +243,8 @@ def test_nothing_ran(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_what_does_not_fit_is_left_out_from_the_end(capsys: pytest.CaptureFixture[str]) -> None:
     more = {f"extra{i}": (f"a header {i}", ".3f") for i in range(9)}
-    rows = [measured(f"a-candidate-number-{i}", **dict.fromkeys(more, 123456.0)) for i in range(18)]
+    values: dict[str, Any] = dict.fromkeys(more, 123456.0)
+    rows = [measured(f"a-candidate-number-{i}", **values) for i in range(18)]
     results.print_table(rows, SHOWN | more)
     *table, cut = capsys.readouterr().out.splitlines()
     assert len(table) == 19
