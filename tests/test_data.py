@@ -343,13 +343,16 @@ def test_all_that_pillow_opens_is_taken_and_the_rest_is_counted(
         Image.new("RGB", (16, 16), (60, 0, 7)).save(folder / name, kind)
     for name in ("1.heic", "2.HEIC", "3.heic", "notes.txt", "Makefile"):
         (folder / name).write_text("no image")
+    (folder / "features.h5").write_bytes(
+        b"\x89HDF\r\n\x1a\n"
+    )  # Pillow knows it, and cannot read it
     shutil.copy(folder / "0.png", image_folder / "test/beside_the_classes.png")
     os.mkfifo(folder / "pipe.png")  # opening it would wait for a writer
     images = load_images("folder", "test", image_folder)
     assert data.labels_of(images).bincount().tolist() == [2, 2 + len(colours), 2]
     assert capsys.readouterr().out == (
-        f"note: {image_folder / 'test'}: 7 files skipped: 3 .heic, 2 .png, "
-        "1 without ending, 1 .txt\n"
+        f"note: {image_folder / 'test'}: 8 files skipped: 3 .heic, 2 .png, "
+        "1 without ending, 1 .h5, 1 .txt\n"
     )
 
 

@@ -258,7 +258,7 @@ def _load_files(
         root = folder / split if dataset == "tiny-imagenet" else _find_split(folder, split)
         listing = list_tiny_imagenet if dataset == "tiny-imagenet" else _list_image_folder
         paths, labels, classes = listing(root)
-        key = _fingerprint(paths, labels)
+        key = _fingerprint(paths)
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error}") from error
     if side:
@@ -403,12 +403,11 @@ def _say_once(text: str) -> None:
 # --- decoding, and a cache of it ------------------------------------------------------------------
 
 
-def _fingerprint(paths: Sequence[Path], labels: Tensor | None) -> str:
-    """Another one when decoding, a label, or a file's name, size or time has changed."""
-    stats = [path.stat() for path in paths]
-    files = [(p.name, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True)]
-    content = repr((CACHE_VERSION, files, None if labels is None else labels.tolist()))
-    return hashlib.sha256(content.encode()).hexdigest()
+def _fingerprint(paths: Sequence[Path]) -> str:
+    """Another one when decoding, or a file's name, place, size or time has changed."""
+    stats = ((path.name, path.stat()) for path in paths)
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    return hashlib.sha256(repr((CACHE_VERSION, files)).encode()).hexdigest()
 
 
 def _read_cache(path: Path, key: str) -> Tensor | None:
