@@ -576,22 +576,23 @@ def keep_engine(job: EngineJob, identity: dict[str, Any]) -> dict[str, Any]:
     plan = build_plan(job, onnx, timing_cache)
     tensorrt_runner.load_engine(plan)
     seconds = round(time.perf_counter() - start, 2)
-    card = {"identity": identity, "sha256": hashlib.sha256(plan).hexdigest()}
-    card |= {"build_seconds": seconds, "trtexec": trtexec_lines(path, onnx, job)}
+    card = {
+        "identity": identity,
+        "sha256": hashlib.sha256(plan).hexdigest(),
+        "build_seconds": seconds,
+        "trtexec": [trtexec_line(path, onnx, batch) for batch in job.engine_batch_sizes],
+    }
     replace_file(path, plan)
     replace_file(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
     return {"engine_file": str(path), "engine_build_seconds": seconds, "engine_cached": False}
 
 
-def trtexec_lines(path: Path, onnx: Path, job: EngineJob) -> list[str]:
-    """Commands that time the engine at each batch size with NVIDIA's own tool."""
+def trtexec_line(path: Path, onnx: Path, batch_size: int) -> str:
+    """A command that times the engine with NVIDIA's own tool."""
     images = ir.load(onnx).graph.inputs[0]
-    sides = "x".join(map(str, (images.shape or ())[1:]))
+    shape = "x".join(map(str, [batch_size, *images.shape[1:]]))
     flags = "--useCudaGraph --useSpinWait --noDataTransfers --warmUp=500 --duration=10"
-    return [
-        f"trtexec --loadEngine={path} --shapes={images.name}:{batch}x{sides} {flags}"
-        for batch in job.engine_batch_sizes
-    ]
+    return f"trtexec --loadEngine={path} --shapes={images.name}:{shape} {flags}"
 
 
 def build_plan(job: EngineJob, onnx: Path, timing_cache: Path) -> bytes:
@@ -604,7 +605,10 @@ def build_plan(job: EngineJob, onnx: Path, timing_cache: Path) -> bytes:
     )
     parse_onnx(network, onnx)
     config = configure(builder, network, job)
-    cache = attach_timing_cache(config, timing_cache)
+    cache = config.create_timing_cache(timing_cache.read_bytes() if timing_cache.exists() else b"")
+    if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another GPU or TensorRT
+        cache = config.create_timing_cache(b"")
+        config.set_timing_cache(cache, ignore_mismatch=False)
     with tqdm(desc=f"building {onnx.stem}", total=0, disable=None, leave=False) as bar:
         config.progress_monitor = make_monitor(bar)
         plan = builder.build_serialized_network(network, config)
@@ -652,16 +656,6 @@ def configure(builder: Any, network: Any, job: EngineJob) -> Any:
         if config.add_optimization_profile(profile) < 0:
             raise tensorrt_runner.refusal(f"TensorRT refuses a profile for {batch_size} images")
     return config
-
-
-def attach_timing_cache(config: Any, path: Path) -> Any:
-    """Load the timing cache if it fits this GPU and TensorRT, else start one."""
-    content = path.read_bytes() if path.is_file() else b""
-    cache = config.create_timing_cache(content)
-    if cache is None or not config.set_timing_cache(cache, ignore_mismatch=False):
-        cache = config.create_timing_cache(b"")
-        config.set_timing_cache(cache, ignore_mismatch=False)
-    return cache
 
 
 def make_monitor(bar: Any) -> Any:
