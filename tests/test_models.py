@@ -1,5 +1,6 @@
-"""Loading models by name, with a stand-in for the hub repository; the network is never used."""
+"""Loading models: names, hubs, a user's own weights and classes. The network is never used."""
 
+import dataclasses
 import hashlib
 import http.client
 import io
@@ -11,19 +12,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from utils import models
 from utils.cli import UserError
 from utils.data import ImageSet, Preprocessing
-from utils.models import LoadedModel, build_reference_vit, load_model, scored_logits
+from utils.evaluation import centred_cosine
+from utils.models import (
+    LoadedModel,
+    ModelSource,
+    build_reference_vit,
+    describe_preprocessing,
+    load_model,
+    run_name,
+    scored_logits,
+)
 
 NAME, REGISTERS = "dinov2_vits14_lc", "dinov2_vits14_reg_lc"
 BACKBONE_FILE, HEAD_FILE = "dinov2_vits14_pretrain.pth", "dinov2_vits14_linear4_head.pth"
 
-# The interface of the real repository that the loader relies on, at width 4.
+# What the loader relies on in the real repository: entry points, modules and their names, at width
+# 4 and with two blocks.
 HUBCONF = """
 import torch
 from torch import nn
@@ -40,12 +52,40 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+def named(**modules):
+    return nn.ModuleDict(modules)
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(4))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(4), nn.LayerNorm(4)
+        self.attn = named(qkv=nn.Linear(4, 12), proj=nn.Linear(4, 4))
+        self.mlp = named(fc1=nn.Linear(4, 16), fc2=nn.Linear(16, 4))
+        self.ls1, self.ls2 = Scale(), Scale()
+
+    def forward(self, x):
+        value = self.attn["qkv"](self.norm1(x))[..., 8:].mean(1, keepdim=True)
+        x = x + self.ls1.gamma * self.attn["proj"](value)
+        hidden = self.mlp["fc1"](self.norm2(x)).relu()
+        return x + self.ls2.gamma * self.mlp["fc2"](hidden)
+
+
 class Backbone(nn.Module):
     def __init__(self):
         super().__init__()
-        self.patch_embed = PatchEmbed()
         self.cls_token = nn.Parameter(torch.randn(1, 1, 4))
         self.pos_embed = nn.Parameter(torch.randn(1, 1 + 37 * 37, 4))
+        self.mask_token = nn.Parameter(torch.zeros(1, 4))
+        self.patch_embed = PatchEmbed()
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.norm = nn.LayerNorm(4)
 
     def interpolate_pos_encoding(self, x, width, height):
         if x.shape[1] == self.pos_embed.shape[1] and width == height:
@@ -57,7 +97,10 @@ class Backbone(nn.Module):
 
     def forward(self, x):
         tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), self.patch_embed(x)], dim=1)
-        return tokens + self.interpolate_pos_encoding(tokens, *x.shape[-2:])
+        tokens = tokens + self.interpolate_pos_encoding(tokens, *x.shape[-2:])
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
 
 
 class Classifier(nn.Module):
@@ -80,12 +123,31 @@ def dinov2_vits14_lc(*, pretrained=True):
 def dinov2_vits14_reg_lc(*, pretrained=True):
     return Classifier(pretrained)
 """
+# The names of the tensors in the files that facebookresearch/dinov2 publishes, of two blocks.
+LAYERS_OF_A_BLOCK = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+BLOCK_KEYS = [f"{layer}.{kind}" for layer in LAYERS_OF_A_BLOCK for kind in ("weight", "bias")]
+BACKBONE_KEYS = {
+    "cls_token",
+    "pos_embed",
+    "mask_token",
+    "patch_embed.proj.weight",
+    "patch_embed.proj.bias",
+    *(f"blocks.{block}.{key}" for block in (0, 1) for key in BLOCK_KEYS),
+    *(f"blocks.{block}.ls{number}.gamma" for block in (0, 1) for number in (1, 2)),
+    "norm.weight",
+    "norm.bias",
+}
 
 
-def error_of(name: str, untrained: bool = False) -> str:
-    """The text of the UserError that load_model must raise."""
+def load(name: str, **options: Any) -> LoadedModel:
+    return load_model(ModelSource(name, **options))
+
+
+def error_of(name: str, **options: Any) -> str:
+    """The text of the UserError that load_model must raise: one line."""
     with pytest.raises(UserError) as caught:
-        load_model(name, untrained)
+        load(name, **options)
+    assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
@@ -119,19 +181,20 @@ def original(hub: Path) -> Any:
     """A stand-in model whose weights are saved as the checkpoints of both entry points."""
     (repository,) = hub.iterdir()
     torch.manual_seed(1)
-    model = torch.hub.load(str(repository), NAME, source="local", pretrained=False)
+    model: Any = torch.hub.load(str(repository), NAME, source="local", pretrained=False)
     folder = hub / "checkpoints"
     folder.mkdir()
+    backbone = {key: value.clone() for key, value in model.backbone.state_dict().items()}
+    head = {"weight": model.linear_head.weight.data, "bias": model.linear_head.bias.data}
+    assert backbone.keys() == BACKBONE_KEYS
     for infix in ("", "_reg4"):
-        torch.save(model.backbone.state_dict(), folder / f"dinov2_vits14{infix}_pretrain.pth")
-        torch.save(
-            model.linear_head.state_dict(), folder / f"dinov2_vits14{infix}_linear4_head.pth"
-        )
+        torch.save(backbone, folder / f"dinov2_vits14{infix}_pretrain.pth")
+        torch.save(head, folder / f"dinov2_vits14{infix}_linear4_head.pth")
     return model
 
 
 def test_dinov2_comes_with_its_checkpoints(hub: Path, original: Any) -> None:
-    loaded = load_model(NAME)
+    loaded = load(NAME)
     images = torch.rand(2, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(loaded.module(images), original(images))
@@ -140,6 +203,7 @@ def test_dinov2_comes_with_its_checkpoints(hub: Path, original: Any) -> None:
     assert not any(parameter.requires_grad for parameter in loaded.module.parameters())
     assert loaded.preprocessing == Preprocessing(224, models.IMAGENET_MEAN, models.IMAGENET_STD)
     assert loaded.classes == models.imagenet_classes()
+    assert loaded.num_classes == 1000
     expected = {
         name: hashlib.sha256((hub / "checkpoints" / name).read_bytes()).hexdigest()
         for name in (BACKBONE_FILE, HEAD_FILE)
@@ -147,30 +211,32 @@ def test_dinov2_comes_with_its_checkpoints(hub: Path, original: Any) -> None:
     assert loaded.checkpoints == expected
 
 
-def test_dinov2_position_embedding_is_folded(original: Any) -> None:
-    module: Any = load_model(NAME).module
-    tokens = torch.zeros(1, 257, 4)
-    expected = original.backbone.interpolate_pos_encoding(tokens, 224, 224)
-    assert module.backbone.pos_embed.shape == (1, 257, 4)
+@pytest.mark.parametrize(("size", "tokens"), [(224, 257), (98, 50)])
+def test_dinov2_position_embedding_is_folded(original: Any, size: int, tokens: int) -> None:
+    module: Any = load(NAME, input_size=size).module
+    expected = original.backbone.interpolate_pos_encoding(torch.zeros(1, tokens, 4), size, size)
     torch.testing.assert_close(module.backbone.pos_embed.data, expected.data)
+    assert module.backbone.pos_embed.shape == (1, tokens, 4)
     assert "pos_embed" in module.backbone.state_dict()
+
+
+def test_dinov2_takes_whole_patches() -> None:
+    assert "multiples of 14" in error_of(NAME, input_size=96)
 
 
 @pytest.mark.usefixtures("original")
 def test_dinov2_with_registers_has_its_own_files() -> None:
-    assert sorted(load_model(REGISTERS).checkpoints) == [
+    assert sorted(load(REGISTERS).checkpoints) == [
         "dinov2_vits14_reg4_linear4_head.pth",
         "dinov2_vits14_reg4_pretrain.pth",
     ]
 
 
 @pytest.mark.usefixtures("hub")
-def test_dinov2_downloads_into_the_hub_folder(
-    torch_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dinov2_downloads_from_where_it_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
     urls: list[str] = []
 
-    def download(url: str, path: str, progress: bool) -> None:
+    def download(url: str, *_: Any, **__: Any) -> None:
         urls.append(url)
         raise urllib.error.URLError("no network")
 
@@ -183,20 +249,10 @@ def test_dinov2_downloads_into_the_hub_folder(
 
 @pytest.mark.usefixtures("hub")
 def test_dinov2_untrained_needs_no_checkpoint() -> None:
-    loaded = load_model(NAME, untrained=True)
-    module: Any = loaded.module
+    loaded = load(NAME, untrained=True)
     assert not loaded.trained
     assert loaded.checkpoints == {}
-    assert module.backbone.pos_embed.shape == (1, 257, 4)
-    assert module(torch.rand(1, 3, 224, 224)).shape == (1, 1000)
-
-
-def write_garbage(path: Path) -> None:
-    path.write_bytes(bytes(range(256)) * 8)
-
-
-def write_broken_pickle(path: Path) -> None:
-    path.write_bytes(b"\x80\x02}q\x00(")
+    assert loaded.module(torch.rand(1, 3, 224, 224)).shape == (1, 1000)
 
 
 def write_html(path: Path) -> None:
@@ -207,10 +263,6 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def keep_a_header(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:20])
-
-
 def empty(path: Path) -> None:
     path.write_bytes(b"")
 
@@ -219,35 +271,17 @@ def write_another_model(path: Path) -> None:
     torch.save(nn.Linear(3, 3).state_dict(), path)
 
 
-def write_another_shape(path: Path) -> None:
-    state = torch.load(path, weights_only=True)
-    torch.save({name: torch.zeros(2, *tensor.shape) for name, tensor in state.items()}, path)
-
-
 def write_list(path: Path) -> None:
     torch.save([torch.zeros(2)], path)
 
 
-def write_numbered_tensors(path: Path) -> None:
-    torch.save({0: torch.zeros(2)}, path)
+SPOIL = pytest.mark.parametrize(
+    "spoil", [write_html, truncate, empty, write_another_model, write_list]
+)
 
 
 @pytest.mark.parametrize("file", [BACKBONE_FILE, HEAD_FILE])
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        write_garbage,
-        write_broken_pickle,
-        write_html,
-        truncate,
-        keep_a_header,
-        empty,
-        write_another_model,
-        write_another_shape,
-        write_list,
-        write_numbered_tensors,
-    ],
-)
+@SPOIL
 @pytest.mark.usefixtures("original")
 def test_dinov2_spoilt_checkpoint(hub: Path, spoil: Callable[[Path], None], file: str) -> None:
     path = hub / "checkpoints" / file
@@ -255,7 +289,6 @@ def test_dinov2_spoilt_checkpoint(hub: Path, spoil: Callable[[Path], None], file
     text = error_of(NAME)
     assert text.startswith(f"{path} is not the checkpoint it should be")
     assert "delete it and run again" in text
-    assert "\n" not in text
 
 
 class Payload:
@@ -268,18 +301,21 @@ class Payload:
         return (open, (str(self.path), "w"))
 
 
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.usefixtures("original")
-def test_dinov2_checkpoint_with_code_in_it_does_not_run(
-    hub: Path, tmp_path: Path, zipped: bool
+def test_checkpoint_with_code_in_it_does_not_run(
+    hub: Path, tmp_path: Path, zipped: bool, own: bool
 ) -> None:
     mark = tmp_path / "payload-ran"
-    path = hub / "checkpoints" / BACKBONE_FILE
+    path = tmp_path / "mine.pth" if own else hub / "checkpoints" / BACKBONE_FILE
     if zipped:
         torch.save({"weight": Payload(mark)}, path)
     else:
         path.write_bytes(pickle.dumps({"weight": Payload(mark)}, protocol=2))
-    assert str(path) in error_of(NAME)
+    text = error_of("timm/test_resnet", checkpoint=path) if own else error_of(NAME)
+    assert str(path) in text
+    assert "holds more than weights" in text
     assert not mark.exists()
     # The payload is a real one: an ordinary unpickling runs it.
     if zipped:
@@ -324,6 +360,14 @@ def test_dinov2_hub_offline() -> None:
     assert "--model vit_tiny_imagenet" in text
 
 
+def test_cache_that_cannot_be_written_is_not_blamed_on_the_network(torch_home: Path) -> None:
+    torch_home.write_text("a file where the folder should be")
+    text = error_of(NAME)
+    assert "cannot write to the folder of TORCH_HOME" in text
+    assert str(torch_home) in text
+    assert "github" not in text
+
+
 @pytest.mark.usefixtures("torch_home")
 def test_dinov2_hub_sends_a_page_instead_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def download(url: str, path: str, progress: bool) -> None:
@@ -339,14 +383,15 @@ def test_dinov2_hub_repository_without_the_entry_point(hub: Path) -> None:
     assert NAME in error_of(NAME)
 
 
+@pytest.mark.usefixtures("torch_home")
 def test_dinov2_is_pinned_and_never_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: dict[str, Any] = {}
 
-    def load(repository: str, name: str, **options: Any) -> None:
+    def load_from_hub(repository: str, name: str, **options: Any) -> None:
         asked.update(options, repository=repository)
         raise urllib.error.URLError("no network")
 
-    monkeypatch.setattr("torch.hub.load", load)
+    monkeypatch.setattr("torch.hub.load", load_from_hub)
     error_of(NAME)
     assert len(asked["repository"].partition(":")[2]) == 40  # a commit, not a branch
     assert asked["trust_repo"] is True
@@ -361,6 +406,7 @@ def test_dinov2_is_pinned_and_never_asks(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("dinov2_vits14", "dinov2_vits14_lc"),
         ("vit_tiny", "vit_tiny_imagenet"),
+        ("smallcnn", "smallcnn_cifar100"),
         ("resnet18", "timm/<name>"),
         ("timm/resnet1", "resnet18"),
         ("timm/", "choose from"),
@@ -373,36 +419,228 @@ def test_unknown_model_names_the_nearest(name: str, hint: str) -> None:
     assert len(text) < 1000  # not all of timm
 
 
+@pytest.mark.parametrize(
+    "name", ["mine.pth", "timm/mine.pth", "a/mine.pt", "timm/mine.safetensors"]
+)
+def test_weights_alone_are_sent_to_checkpoint(name: str) -> None:
+    file = name.removeprefix("timm/")
+    assert f"use --model timm/NAME --checkpoint {file}" in error_of(name)
+
+
+def test_options_that_exclude_each_other(tmp_path: Path) -> None:
+    assert "goes with --model timm/NAME" in error_of("vit_digits", checkpoint=tmp_path / "a.pth")
+    text = error_of("timm/test_resnet", checkpoint=tmp_path / "a.pth", untrained=True)
+    assert "--checkpoint and --untrained exclude each other" in text
+    assert "does not exist" in error_of("timm/test_resnet", checkpoint=tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        (ModelSource("vit_digits"), "vit_digits"),
+        (ModelSource("timm/resnet18.a1_in1k"), "timm-resnet18.a1_in1k"),
+        (ModelSource("timm/resnet18", Path("runs/3/best.pth")), "timm-resnet18-best"),
+        (ModelSource("timm/hf-hub:owner/name"), "timm-hf-hub-owner-name"),
+        (ModelSource("/tmp/part2/best.safetensors"), "tmp-part2-best"),
+        (ModelSource("nets/mine.onnx"), "nets-mine"),
+    ],
+)
+def test_run_name_is_one_folder(source: ModelSource, name: str) -> None:
+    assert run_name(source) == name
+
+
 # --- timm -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["test_vit2", "test_convnext"])
-def test_timm_untrained_opens_layer_scale_and_keeps_its_own_preprocessing(name: str) -> None:
-    loaded = load_model(f"timm/{name}", untrained=True)
-    scales = [p for n, p in loaded.module.named_parameters() if n.endswith(".gamma")]
-    assert scales
-    assert all((scale == 1).all() for scale in scales)
-    assert loaded.preprocessing == Preprocessing(160, (0.5,) * 3, (0.5,) * 3, "bicubic")
-    assert loaded.name == f"timm/{name}"
-    assert loaded.classes == models.imagenet_classes()
-    assert not loaded.trained
-    assert not loaded.module.training
-    assert loaded.module(torch.rand(2, 3, 160, 160)).shape == (2, 1000)
+@pytest.fixture(scope="module")
+def own_state() -> dict[str, Tensor]:
+    """What fine-tuning a network of timm to seven classes would leave."""
+    torch.manual_seed(4)
+    state = timm.create_model("test_resnet", num_classes=7).state_dict()
+    return {
+        key: value + 0.01 if value.is_floating_point() else value for key, value in state.items()
+    }
 
 
-def test_layer_scale_by_any_of_timms_names() -> None:
-    module = nn.Module()
-    names = ("gamma", "gamma_1", "gamma2", "gamma_xca", "weight")
-    for name in names:
-        module.register_parameter(name, nn.Parameter(torch.full((3,), 1e-5)))
-    models._open_layer_scale(module)
-    opened = {name for name, parameter in module.named_parameters() if (parameter == 1).all()}
-    assert opened == set(names) - {"weight"}
+def save_as(state: dict[str, Tensor], path: Path, form: str) -> None:
+    others = {key: torch.zeros_like(value) for key, value in state.items()}
+    parallel = {f"module.{key}": value for key, value in state.items()}
+    compiled = {f"_orig_mod.{key}": value for key, value in state.items()}
+    reverse = dict(reversed(state.items()))
+    content = {
+        "bare": state,
+        "reversed": reverse,
+        "model": {"model": state, "epoch": 3},
+        "state_dict": {"state_dict": parallel, "args": None},
+        "compiled": compiled,
+        "average": {"model": others, "model_ema": parallel},
+        "half": {key: value.half() for key, value in state.items()},
+    }
+    if form == "safetensors":
+        save_file(state, path)
+    else:
+        torch.save(content[form], path)
 
 
-def test_timm_trained_keeps_the_weights_of_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    import timm
+@pytest.mark.parametrize(
+    "form",
+    ["bare", "reversed", "model", "state_dict", "compiled", "average", "half", "safetensors"],
+)
+def test_own_checkpoint_in_its_usual_forms(
+    own_state: dict[str, Tensor], tmp_path: Path, form: str
+) -> None:
+    path = tmp_path / ("mine.safetensors" if form == "safetensors" else "mine.pth")
+    save_as(own_state, path, form)
+    loaded = load("timm/test_resnet", checkpoint=path)
+    tolerance = 1e-3 if form == "half" else 0
+    for key, value in loaded.module.state_dict().items():
+        torch.testing.assert_close(value, own_state[key], atol=tolerance, rtol=tolerance)
+    assert loaded.trained
+    assert loaded.num_classes == 7
+    assert loaded.classes is None  # the images may know
+    assert loaded.checkpoints == {path.name: models.sha256_of(path)}
 
+
+def test_own_checkpoint_of_two_heads(tmp_path: Path) -> None:
+    name, options = "deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 1}
+    state = timm.create_model(name, num_classes=3, **options).state_dict()
+    state = {key: value for key, value in state.items() if not key.startswith("blocks")}
+    torch.save(state, tmp_path / "mine.pth")
+    text = error_of(f"timm/{name}", checkpoint=tmp_path / "mine.pth", input_size=32)
+    assert "missing (blocks.0.norm1.weight, blocks.0.norm1.bias, blocks.0.attn.qkv.weight)" in text
+    assert "shape" not in text  # both heads were built for three classes
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"fc.bias": None, "fc.weight": None}, "2 missing (fc.weight, fc.bias)"),
+        ({"head.weight": torch.zeros(7, 3)}, "1 unexpected (head.weight)"),
+        ({"conv1.0.weight": torch.zeros(16, 1, 3, 3)}, "(conv1.0.weight [16, 1, 3, 3] for ["),
+        ({"epoch": 3}, "1 unexpected (epoch)"),
+    ],
+)
+def test_own_checkpoint_that_does_not_fit_names_the_keys(
+    own_state: dict[str, Any], tmp_path: Path, change: dict[str, Any], expected: str
+) -> None:
+    assert "conv1.0.weight" in own_state
+    state = {key: value for key, value in (own_state | change).items() if value is not None}
+    torch.save(state, tmp_path / "mine.pth")
+    assert expected in error_of("timm/test_resnet", checkpoint=tmp_path / "mine.pth")
+
+
+def test_own_checkpoint_under_an_unknown_wrapper(own_state: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"net": own_state, "epoch": 3}, tmp_path / "mine.pth")
+    text = error_of("timm/test_resnet", checkpoint=tmp_path / "mine.pth")
+    assert "missing (conv1.0.weight, " in text
+    assert "2 unexpected (net, epoch)" in text
+
+
+@pytest.mark.parametrize("spoil", [write_html, truncate, empty, write_list])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_own_checkpoint_that_is_damaged(
+    own_state: dict[str, Tensor], tmp_path: Path, spoil: Callable[[Path], None], suffix: str
+) -> None:
+    path = tmp_path / f"mine{suffix}"
+    save_as(own_state, path, "safetensors" if suffix == ".safetensors" else "bare")
+    spoil(path)
+    text = error_of("timm/test_resnet", checkpoint=path)
+    assert text.startswith(f"--checkpoint {path} is damaged, or holds more than weights (")
+
+
+def test_own_preprocessing_wins(own_state: dict[str, Tensor], tmp_path: Path) -> None:
+    torch.save(own_state, tmp_path / "mine.pth")
+    chosen = {"mean": (0.1, 0.2, 0.3), "std": (0.4, 0.5, 0.6), "interpolation": "bilinear"}
+    loaded = load("timm/test_resnet", checkpoint=tmp_path / "mine.pth", input_size=96, **chosen)
+    assert dataclasses.asdict(loaded.preprocessing) == {"input_size": 96, **chosen}
+    assert describe_preprocessing(loaded) == (
+        "96x96 pixels, bilinear, mean 0.1, 0.2, 0.3, standard deviation 0.4, 0.5, 0.6"
+    )
+    partly = load("timm/test_vit2", untrained=True, mean=(0.1, 0.2, 0.3))
+    assert partly.preprocessing == Preprocessing(160, (0.1, 0.2, 0.3), (0.5,) * 3, "bicubic")
+
+
+@pytest.mark.parametrize("chosen", [{"mean": (0.5,)}, {"std": (0.5, 0.5)}, {"std": (0.5, 0, 0.5)}])
+def test_preprocessing_that_cannot_be(chosen: dict[str, Any]) -> None:
+    assert "--mean and --std" in error_of("vit_digits", **chosen)
+
+
+def test_a_network_tied_to_a_size_is_built_for_another(tmp_path: Path) -> None:
+    name = "vit_tiny_patch16_224"
+    module = load(f"timm/{name}", untrained=True, input_size=64).module
+    assert module(torch.rand(1, 3, 64, 64)).shape == (1, 1000)
+    torch.save(module.state_dict(), tmp_path / "mine.pth")
+    assert load(f"timm/{name}", checkpoint=tmp_path / "mine.pth", input_size=64).trained
+    text = error_of(f"timm/{name}", checkpoint=tmp_path / "mine.pth")
+    assert "(pos_embed [1, 17, 192] for [1, 197, 192])" in text
+    assert "another --input-size" in text
+    assert "does not take 16x16 pixels" in error_of("vit_digits", input_size=16)
+
+
+def local_folder(folder: Path, state: dict[str, Tensor] | None = None, **config: Any) -> str:
+    """The name of a model in timm's own form of a folder."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"architecture": "test_resnet"} | config))
+    if state is not None:
+        save_file(state, folder / "model.safetensors")
+    return f"timm/local-dir:{folder}"
+
+
+def test_timms_own_folders(own_state: dict[str, Tensor], tmp_path: Path) -> None:
+    how = {"input_size": [3, 64, 64], "mean": [0.1] * 3, "std": [0.2] * 3}
+    config = {"num_classes": 7, "pretrained_cfg": how | {"interpolation": "bilinear"}}
+    loaded = load(local_folder(tmp_path / "mine", own_state, **config))
+    assert loaded.module.state_dict()["fc.weight"].equal(own_state["fc.weight"])
+    assert loaded.preprocessing == Preprocessing(64, (0.1,) * 3, (0.2,) * 3, "bilinear")
+    assert loaded.classes is None
+    names = local_folder(tmp_path / "named", own_state, label_names=list("gfedcba"), **config)
+    logits, sentence = scored_logits(load(names), image_set(*"abcdefg"))
+    assert logits == [6, 5, 4, 3, 2, 1, 0]
+    assert sentence == "classes: its configuration's"
+    assert "config.json" in error_of(f"timm/local-dir:{tmp_path / 'none'}")
+
+
+def test_images_that_a_network_cannot_take_are_refused(tmp_path: Path) -> None:
+    wide = local_folder(tmp_path / "wide", pretrained_cfg={"input_size": [3, 64, 48]})
+    text = error_of(wide, untrained=True)
+    assert "3 channels of 64x48 pixels" in text
+    assert "--input-size 48" in text
+    assert load(wide, untrained=True, input_size=48).preprocessing.input_size == 48
+    for channels in (1, 4):
+        size = {"input_size": [channels, 64, 64]}
+        name = local_folder(tmp_path / f"of-{channels}", pretrained_cfg=size)
+        assert f"{channels} channels" in error_of(name, untrained=True)
+
+
+def test_a_network_without_a_classifier(tmp_path: Path) -> None:
+    vit: dict[str, Any] = {"architecture": "test_vit", "num_classes": 0, "pretrained_cfg": {}}
+    features = load(local_folder(tmp_path / "features", **vit), untrained=True)
+    assert features.num_classes == 0
+    assert features.classes is None
+    trained = dataclasses.replace(features, trained=True)
+    assert scored_logits(trained, image_set("a")) == (
+        None,
+        "no accuracy: the network has no classifier",
+    )
+    tokens = local_folder(tmp_path / "tokens", **vit, model_args={"global_pool": ""})
+    assert "gives [1, 197, 64] for one image, not [1, C]" in error_of(tokens, untrained=True)
+
+
+def test_timm_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    for name in ("timm/test_vit", "timm/hf-hub:owner/name"):
+        text = error_of(name)
+        assert text.startswith(f"cannot load {name} (")
+        assert "huggingface.co" in text
+        assert "--untrained" in text
+
+
+def test_timm_unknown_tag() -> None:
+    assert "Invalid pretrained tag (nonsense)" in error_of("timm/test_vit.nonsense")
+
+
+def test_timm_pretrained_weights_are_left_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     create, asked = timm.create_model, []
 
     def create_offline(name: str, pretrained: bool) -> nn.Module:
@@ -410,41 +648,105 @@ def test_timm_trained_keeps_the_weights_of_the_checkpoint(monkeypatch: pytest.Mo
         return create(name, pretrained=False)
 
     monkeypatch.setattr(timm, "create_model", create_offline)
-    loaded = load_model("timm/test_vit2")
+    loaded = load("timm/test_vit2")
     assert asked == [True]
     assert loaded.trained
+    assert loaded.classes == models.imagenet_classes()
     scale = dict(loaded.module.named_parameters())["blocks.0.ls1.gamma"]
     assert scale.max() < 1e-4
 
 
-def test_timm_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    text = error_of("timm/test_vit")
-    assert text.startswith("cannot load timm/test_vit (")
-    assert "huggingface.co" in text
-    assert "--untrained" in text
-    assert "\n" not in text
+# --- random weights -------------------------------------------------------------------------------
 
 
-def test_timm_unknown_tag() -> None:
-    assert "Invalid pretrained tag (nonsense)" in error_of("timm/test_vit.nonsense")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet18",  # the last norm of a branch starts at zero, as in the next one
+        "repvit_m0_9",
+        "nf_resnet26",  # the gain of the last convolution
+        "poolformer_s12",  # LayerScale
+        "test_vit2",
+        "mixer_s32_224",  # the head
+        "hiera_tiny_224",
+    ],
+)
+def test_untrained_networks_depend_on_all_their_weights(name: str) -> None:
+    module = load(f"timm/{name}", untrained=True, input_size=64).module
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        logits = module(images)
+        assert logits.abs().max() < 1000  # fp16 holds no more than 65,504
+        matrices = [p for p in module.parameters() if p.ndim > 1 and p.numel() > 4000]
+        for weight in [*matrices[1 :: len(matrices) // 4], matrices[-1]]:
+            before = weight.clone()
+            weight.zero_()
+            assert centred_cosine(module(images), logits) < 0.9999
+            weight.copy_(before)
 
 
-def test_timm_model_of_other_classes_has_no_class_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    import timm
+def test_opened_scales_are_ones_and_what_is_added_stays_zero() -> None:
+    module: Any = nn.Module()
+    for name in ("gamma", "gamma_1", "ls2", "scale", "gain", "weight"):
+        module.register_parameter(name, nn.Parameter(torch.full((3, 1, 1), 1e-5)))
+    for name in ("bias", "beta", "cls_token", "pos_embed", "relative_position_bias_table"):
+        module.register_parameter(name, nn.Parameter(torch.zeros(3, 4)))
+    module.head = nn.Linear(4, 3)
+    nn.init.zeros_(module.head.weight)
+    kept = module.register_parameter("alpha", nn.Parameter(torch.tensor(0.1)))
+    models.open_scales(module, 8)
+    state = module.state_dict()
+    assert kept is None
+    assert state.pop("alpha") == torch.tensor(0.1)
+    assert state.pop("head.weight").std() > 0.1
+    state.pop("head.bias")
+    opened = {name for name, value in state.items() if (value == 1).all()}
+    assert opened == {"gamma", "gamma_1", "ls2", "scale", "gain", "weight"}
+    assert all((state[name] == 0).all() for name in state.keys() - opened)
 
-    create = timm.create_model
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, num_classes=7))
-    assert load_model("timm/test_vit").classes is None
+
+class Residual(nn.Module):
+    """A branch whose last norm starts at zero, as in ResNets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
+        nn.init.zeros_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.conv(x.relu()))
+
+
+def test_deep_untrained_networks_do_not_overflow() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), *(Residual() for _ in range(60))).eval()
+    models.open_scales(module, 16)
+    assert not any(part.training for part in module.modules())
+    with torch.no_grad():
+        assert module(torch.randn(2, 3, 16, 16)).abs().max() < 1000  # 65,504 is fp16's largest
+
+
+def test_random_weights_are_decided_by_the_seed_alone() -> None:
+    torch.manual_seed(9)
+    expected, threads = torch.rand(3), torch.get_num_threads()
+    torch.manual_seed(9)
+    states = []
+    for count, seed in ((1, 0), (2, 0), (1, 1)):
+        torch.set_num_threads(count)
+        module = load("timm/test_resnet", untrained=True, seed=seed).module
+        assert torch.get_num_threads() == count
+        states.append(torch.cat([value.flatten() for value in module.state_dict().values()]))
+    torch.set_num_threads(threads)
+    assert states[0].equal(states[1])
+    assert not states[0].equal(states[2])
+    assert torch.rand(3).equal(expected)  # the caller's generator is where it was
 
 
 # --- classes --------------------------------------------------------------------------------------
 
 
 def test_imagenet_classes_are_in_logit_order() -> None:
-    import timm
-
     assert list(models.imagenet_classes()) == list(timm.data.ImageNetInfo().label_names())
     assert len(set(models.imagenet_classes())) == 1000
 
@@ -453,29 +755,83 @@ def image_set(*classes: str) -> ImageSet:
     return ImageSet("folder", "test", torch.zeros(1, 3, 4, 4).byte(), None, classes)
 
 
-def model_of(classes: tuple[str, ...] | None, trained: bool = True) -> LoadedModel:
-    return LoadedModel("model", nn.Identity(), Preprocessing(4, (0.5,), (0.5,)), classes, trained)
+def model_of(classes: tuple[str, ...] | None, trained: bool = True, count: int = 0) -> LoadedModel:
+    how = Preprocessing(4, (0.5,), (0.5,))
+    return LoadedModel("model", nn.Identity(), how, classes, trained, num_classes=count)
 
 
-def test_scored_logits_of_the_same_classes() -> None:
-    assert scored_logits(model_of(("a", "b", "c")), image_set("a", "b", "c")) == [0, 1, 2]
-    assert scored_logits(model_of(("a", "b", "c")), image_set("c", "a", "b")) == [2, 0, 1]
+def test_scored_logits_of_the_models_own_classes() -> None:
+    assert scored_logits(model_of(("a", "b", "c")), image_set("c", "a")) == (
+        [2, 0],
+        "classes: the model's own",
+    )
 
 
-def test_scored_logits_of_a_subset() -> None:
+def test_scored_logits_of_sorted_names_where_the_counts_agree() -> None:
+    logits, sentence = scored_logits(model_of(None, count=3), image_set("a", "b", "c"))
+    assert logits == [0, 1, 2]
+    assert sentence == "classes: the sorted names of the 3 classes of images"
+
+
+def test_scored_logits_of_a_thousand_outputs() -> None:
     classes = models.imagenet_classes()
-    chosen = (classes[3], classes[500], classes[999])
-    assert scored_logits(model_of(classes), image_set(*chosen)) == [3, 500, 999]
+    images = image_set(classes[3], classes[500], classes[999])
+    logits, sentence = scored_logits(model_of(None, count=1000), images)
+    assert logits == [3, 500, 999]
+    assert "ImageNet-1k" in sentence
+    names = [f"class {i:04}" for i in range(1000)]
+    logits, sentence = scored_logits(model_of(None, count=1000), image_set(*names))
+    assert logits == list(range(1000))
+    assert "sorted names of the 1000" in sentence
 
 
-def test_no_scored_logits_where_accuracy_means_nothing() -> None:
-    abc = ("a", "b", "c")
-    assert scored_logits(model_of(abc), image_set("a", "z")) is None
-    assert scored_logits(model_of(None), image_set("a")) is None
-    assert scored_logits(model_of(abc, trained=False), image_set(*abc)) is None
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (model_of(("a", "b"), trained=False), "the weights are random (--untrained)"),
+        (model_of(None), "the network has no classifier"),
+        (model_of(None, count=5), "5 outputs for 2 classes of images; name the outputs with"),
+        (model_of(("a", "c")), "(the model's own) lack 'z', one of 1 of the images' 2"),
+        (model_of(None, count=1000), "as there are 1000 outputs) lack 'a', one of 2"),
+    ],
+)
+def test_no_accuracy_has_its_reason(model: LoadedModel, reason: str) -> None:
+    logits, sentence = scored_logits(model, image_set("a", "z"))
+    assert logits is None
+    assert sentence.startswith("no accuracy: ")
+    assert reason in sentence
 
 
-# --- the reference models -------------------------------------------------------------------------
+def test_classes_from_a_file(own_state: dict[str, Tensor], tmp_path: Path) -> None:
+    checkpoint, file = tmp_path / "mine.pth", tmp_path / "names.txt"
+    torch.save(own_state, checkpoint)
+    file.write_text("g\nf\ne\nd\nc\nb\nbig dog\n\n")
+    loaded = load("timm/test_resnet", checkpoint=checkpoint, classes_file=file)
+    assert loaded.classes == ("g", "f", "e", "d", "c", "b", "big dog")
+    logits, sentence = scored_logits(loaded, image_set("b", "big dog", "c"))
+    assert logits == [5, 6, 4]
+    assert sentence == f"classes: --classes {file}"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a\nb\n", "has 2 names, 2 of them different: name each of the 10 classes"),
+        (b"\n".join([b"a"] * 10), "has 10 names, 1 of them different"),
+        (b"\xff\xfe", "cannot read"),
+        (None, "cannot read"),
+    ],
+)
+def test_classes_that_do_not_fit(tmp_path: Path, content: bytes | None, reason: str) -> None:
+    file = tmp_path / "names.txt"
+    if content is not None:
+        file.write_bytes(content)
+    text = error_of("vit_digits", classes_file=file)
+    assert str(file) in text
+    assert reason in text
+
+
+# --- models with a card, ONNX files ---------------------------------------------------------------
 
 ARCHITECTURE = {
     "image_size": 8,
@@ -487,27 +843,30 @@ ARCHITECTURE = {
 }
 
 
-@pytest.fixture
-def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder `weights` with a small `vit_digits` and its card."""
-    monkeypatch.setattr(models, "WEIGHTS_DIR", tmp_path)
+def write_with_card(path: Path) -> None:
     torch.manual_seed(2)
     state = {k: v.half() for k, v in build_reference_vit(**ARCHITECTURE).state_dict().items()}
-    save_file(state, tmp_path / "vit_digits.safetensors")
-    content = (tmp_path / "vit_digits.safetensors").read_bytes()
+    save_file(state, path)
     card = {
         "architecture": ARCHITECTURE,
         "mean": [0.3, 0.4, 0.5],
         "std": [0.1, 0.2, 0.3],
         "classes": list("0123456789"),
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
     }
-    (tmp_path / "vit_digits.json").write_text(json.dumps(card))
+    path.with_suffix(".json").write_text(json.dumps(card))
+
+
+@pytest.fixture
+def weights_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder `weights` with a small `vit_digits` and its card."""
+    monkeypatch.setattr(models, "WEIGHTS_DIR", tmp_path)
+    write_with_card(tmp_path / "vit_digits.safetensors")
     return tmp_path
 
 
 def test_reference_model_is_its_file_in_float32(weights_dir: Path) -> None:
-    loaded = load_model("vit_digits")
+    loaded = load("vit_digits")
     torch.manual_seed(2)
     original = build_reference_vit(**ARCHITECTURE).state_dict()
     for name, tensor in loaded.module.state_dict().items():
@@ -520,6 +879,26 @@ def test_reference_model_is_its_file_in_float32(weights_dir: Path) -> None:
     card = json.loads((weights_dir / "vit_digits.json").read_text())
     assert loaded.checkpoints == {"vit_digits.safetensors": card["sha256"]}
     assert loaded.module(torch.rand(2, 3, 8, 8)).shape == (2, 10)
+
+
+def test_checkpoint_of_part_2_is_built_by_its_constructor(tmp_path: Path) -> None:
+    path = tmp_path / "best.safetensors"
+    write_with_card(path)
+    loaded = load(str(path), network=build_reference_vit, mean=(0.5, 0.5, 0.5))
+    assert loaded.classes == tuple("0123456789")
+    assert loaded.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert list(loaded.checkpoints) == ["best.safetensors"]
+    assert scored_logits(loaded, image_set("7"))[1] == "classes: its card's"
+    path.with_suffix(".json").unlink()
+    text = error_of(str(path), network=build_reference_vit)
+    assert str(path.with_suffix(".json")) in text
+    assert "part2_tune.py" in text
+    assert f"--checkpoint {path}" in text
+
+
+def test_smallcnn_is_in_weights(weights_dir: Path) -> None:
+    write_with_card(weights_dir / "smallcnn_cifar100.safetensors")
+    assert load("smallcnn_cifar100", network=build_reference_vit).num_classes == 10
 
 
 def test_reference_model_that_differs_from_its_card(weights_dir: Path) -> None:
@@ -535,7 +914,7 @@ def test_reference_model_without_its_weights(weights_dir: Path) -> None:
     path = weights_dir / "vit_digits.safetensors"
     path.unlink()
     assert str(path) in error_of("vit_digits")
-    loaded = load_model("vit_digits", untrained=True)
+    loaded = load("vit_digits", untrained=True)
     assert not loaded.trained
     assert loaded.checkpoints == {}
 
@@ -543,13 +922,37 @@ def test_reference_model_without_its_weights(weights_dir: Path) -> None:
 def test_reference_model_without_its_card(weights_dir: Path) -> None:
     text = error_of("vit_tiny_imagenet")
     assert str(weights_dir / "vit_tiny_imagenet.json") in text
-    assert "python -m utils.train_reference" in text
+    assert "python -m weights.train_reference" in text
 
 
 def test_reference_model_with_a_damaged_card(weights_dir: Path) -> None:
     path = weights_dir / "vit_digits.json"
     path.write_text(path.read_text()[:40])
     assert error_of("vit_digits").startswith(f"{path} is damaged")
+
+
+class OnnxStandIn(nn.Module):
+    """What Part 3 passes to run an ONNX file."""
+
+    classes = ("a", "b")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.preprocessing = Preprocessing(8, (0.1,) * 3, (0.2,) * 3)
+        self.sum = len(path.read_bytes())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.full((len(x), 2), float(self.sum))
+
+
+def test_onnx_file_is_run_by_what_the_caller_passes(tmp_path: Path) -> None:
+    path = tmp_path / "mine.onnx"
+    path.write_bytes(b"12345")
+    loaded = load(str(path), network=OnnxStandIn, std=(0.5, 0.5, 0.5))
+    assert loaded.module(torch.zeros(3, 3, 8, 8)).tolist() == [[5, 5]] * 3
+    assert loaded.classes == ("a", "b")
+    assert loaded.preprocessing == Preprocessing(8, (0.1,) * 3, (0.5,) * 3)
+    assert loaded.checkpoints == {"mine.onnx": models.sha256_of(path)}
 
 
 @pytest.mark.parametrize(("image_size", "patch_size", "tokens"), [(8, 2, 16), (32, 8, 16)])
@@ -560,13 +963,3 @@ def test_build_reference_vit_shapes(image_size: int, patch_size: int, tokens: in
     assert module.pos_embed.shape == (1, tokens, 24)
     assert len(module.blocks) == 2
     assert module(images).shape == (3, 5)
-
-
-def test_build_reference_vit_is_decided_by_the_seed() -> None:
-    outputs = []
-    for seed in (7, 7, 8):
-        torch.manual_seed(seed)
-        module = build_reference_vit(8, 2, 24, 2, 2, 5).eval()
-        outputs.append(module(torch.ones(1, 3, 8, 8)))
-    assert outputs[0].equal(outputs[1])
-    assert not outputs[0].equal(outputs[2])

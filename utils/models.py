@@ -324,17 +324,15 @@ def _load_timm(source: ModelSource) -> LoadedModel:
             module = _create_with_weights(name, checkpoint, source.input_size)
     except FOREIGN_ERRORS as error:
         raise UserError(
-            f"cannot load {source.name} ({first_line(error)}): connect to huggingface.co once, "
-            "add --untrained to measure latency only, or bring weights with --checkpoint"
+            f"cannot load {source.name} ({first_line(error)}): check the name, connect to "
+            "huggingface.co once, or add --untrained to measure latency only"
         ) from error
     config = timm.data.resolve_model_data_config(module)
     channels, height, width = config["input_size"]
     if channels != 3 or (height != width and source.input_size is None):
-        wants = f"{channels} channels of {height}x{width} pixels"
-        raise UserError(
-            f"{source.name} wants {wants}, and images here are RGB and square: "
-            "choose another model, or for another size --input-size"
-        )
+        wanted = f"{channels} channels of {height}x{width} pixels"
+        remedy = f"--input-size {min(height, width)}" if channels == 3 else "another model"
+        raise UserError(f"{source.name} takes {wanted}, images here are RGB and square: {remedy}?")
     own = Preprocessing(width, tuple(config["mean"]), tuple(config["std"]), config["interpolation"])
     classes, origin = module.pretrained_cfg.get("label_names"), "its configuration's"
     if is_listed and checkpoint is None and module.num_classes == 1000:
@@ -374,11 +372,12 @@ def _create_with_weights(name: str, path: Path, input_size: int | None) -> Any:
         raise UserError(f"--checkpoint {path} does not exist")
     try:
         state = timm.models.load_state_dict(str(path), weights_only=True)
-        shapes = {key: value.shape for key, value in state.items()}
     except FOREIGN_ERRORS as error:
+        reason = first_line(error).split(". ")[0]  # what follows is timm's advice
         raise UserError(
-            f"--checkpoint {path} is damaged, or holds more than weights ({first_line(error)})"
+            f"--checkpoint {path} is damaged, or holds more than weights ({reason})"
         ) from error
+    shapes = {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
     module = _create_timm(name, False, input_size)
     heads = module.pretrained_cfg.get("classifier") or ""
     head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
@@ -387,11 +386,11 @@ def _create_with_weights(name: str, path: Path, input_size: int | None) -> Any:
         module = _create_timm(name, False, input_size, num_classes=classes)
     own = {key: value.shape for key, value in module.state_dict().items()}
     reshaped = [key for key in own if key in shapes and shapes[key] != own[key]]
-    fitting = {key: value for key, value in state.items() if key not in reshaped}
-    missing, unexpected = module.load_state_dict(fitting, strict=False)
+    fitting = {key: state[key] for key in own if key in shapes and key not in reshaped}
+    missing = module.load_state_dict(fitting, strict=False).missing_keys
     misfits = {
         "missing": [key for key in missing if key not in reshaped],
-        "unexpected": unexpected,
+        "unexpected": [key for key in state if key not in own],
         "of another shape": [f"{k} {list(shapes[k])} for {list(own[k])}" for k in reshaped],
     }
     found = [f"{len(k)} {what} ({', '.join(k[:3])})" for what, k in misfits.items() if k]
@@ -411,9 +410,9 @@ ADDED = re.compile("bias|beta|token|pos|embed")  # names of what is added and ma
 def open_scales(module: nn.Module, input_size: int) -> None:
     """Make an untrained network depend on all its weights, as a trained one does.
 
-    Residual branches whose last norm, LayerScale or gain starts near zero, and heads that do, hide
-    what lies in them: any quantisation of it would look perfect. And BatchNorm that has seen no
-    image does not normalise: branches fade or grow from block to block.
+    A branch whose last norm, LayerScale or gain starts near zero hides its weights, as does a head
+    that does: any quantisation of them would look perfect. And a BatchNorm that has seen no image
+    normalises nothing, so that branches fade or explode from block to block.
     """
     for name, weight in module.named_parameters():
         if (weight.abs() > NOTHING).any() or ADDED.search(name.rpartition(".")[2]):
@@ -427,9 +426,10 @@ def open_scales(module: nn.Module, input_size: int) -> None:
         return
     for norm in norms:
         norm.train().momentum = 1.0  # takes the statistics of one batch as they are
+    coarse, fine = torch.randn(8, 3, 4, 4), torch.randn(8, 3, input_size, input_size)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # last digits depend on it, and every process must find the same
-    module(torch.randn(4, 3, input_size, input_size))
+    module(nn.functional.interpolate(coarse, fine.shape[2:], mode="bicubic") + fine / 2)
     torch.set_num_threads(threads)
     module.eval()
 
