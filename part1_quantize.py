@@ -146,11 +146,8 @@ def build_int8_eager(module: nn.Module, example: Tensor, job: Job) -> Variant:
         from torch.ao.quantization import quantize_dynamic
     except ImportError as error:
         raise UnavailableError(f"removed from this PyTorch: {error}") from error
-    supported = torch.backends.quantized.supported_engines
-    engine = next((name for name in ("x86", "qnnpack") if name in supported), None)
-    if engine is None:
-        raise UnavailableError("this PyTorch has no engine for quantised layers on this CPU")
-    torch.backends.quantized.engine = engine  # before quantising: weights are packed for an engine
+    # Before quantising: weights are packed for an engine.
+    torch.backends.quantized.engine = pick_engine(torch.backends.quantized.supported_engines)
     layers = linear_layers(module, example)
     make_plain(module, layers)
     quantized = quantize_dynamic(module, layers, dtype=torch.qint8)
@@ -317,6 +314,14 @@ def make_plain(module: nn.Module, layers: Iterable[str]) -> None:
         module.set_submodule(name, plain)
 
 
+def pick_engine(supported: Sequence[str]) -> str:
+    """PyTorch's engine for quantised layers: of x86, else of ARM."""
+    for engine in ("x86", "qnnpack"):
+        if engine in supported:
+            return engine
+    raise UnavailableError("this PyTorch has no engine for quantised layers on this CPU")
+
+
 def needs_7_bits() -> bool:
     """Whether kernels add pairs of products in 16 bits: on x86 without VNNI.
 
@@ -373,9 +378,21 @@ def quantize_torchao(
 
 
 def quantize_pt2e(module: nn.Module, example: Tensor, bf16: bool) -> Variant:
-    """Export, insert dynamic quantisers, convert, compile: one graph per batch size."""
+    """Convert and compile: one graph per batch size."""
+    converted = convert_pt2e(module, example)
+
+    def call(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return converted(x)
+
+    shapes = pt2e_int8_shapes(converted)
+    return Variant(compile_frozen(call, example), state_bytes(converted), shapes)
+
+
+def convert_pt2e(module: nn.Module, example: Tensor) -> Any:
+    """Export, and put dynamic quantisers before the linear layers, however they are called."""
     import_torchao()
-    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e import quantize_pt2e as pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     config = x86.get_default_x86_inductor_quantization_config(
@@ -384,17 +401,18 @@ def quantize_pt2e(module: nn.Module, example: Tensor, bf16: bool) -> Variant:
     quantizer = x86.X86InductorQuantizer().set_function_type_qconfig(F.linear, config)
     with exporting("torch.export"):
         exported = torch.export.export(module, (example,)).module()
-    prepared = prepare_pt2e(exported, quantizer)
+    for node in exported.graph.nodes:  # the quantizer looks for their source, and knows nn.Linear
+        if node.target is torch.ops.aten.linear.default:
+            node.meta["source_fn_stack"] = [(node.name, F.linear)]
+    prepared = pt2e.prepare_pt2e(exported, quantizer)
     prepared(example)
-    converted = convert_pt2e(prepared)
+    return pt2e.convert_pt2e(prepared)
+
+
+def pt2e_int8_shapes(converted: Any) -> list[tuple[int, ...]]:
+    """Shapes of the int8 weights that a converted graph dequantises."""
     constants = dict(converted.named_buffers()) | dict(converted.named_parameters())
-    shapes = [tuple(t.shape) for t in constants.values() if t.dtype == torch.int8 and t.ndim > 1]
-
-    def call(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return converted(x)
-
-    return Variant(compile_frozen(call, example), state_bytes(converted), shapes)
+    return [tuple(t.shape) for t in constants.values() if t.dtype == torch.int8 and t.ndim > 1]
 
 
 @contextlib.contextmanager

@@ -7,17 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 import part1_quantize
-from utils import benchmark, cost
-from utils.breakdown import BREAKDOWN_COLUMNS
-from utils.isolation import UnavailableError, Worker, recorded
+from utils import benchmark
+from utils.workers import UnavailableError
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "vit_digits", "--dataset", "digits", "--batch-sizes", "4", "--rounds", "2"]
@@ -26,12 +27,14 @@ SMALL += ["--block-seconds", "0.01", "--num-images", "60", "--threads", "1", "--
 
 def run_table(tmp_path: Path, *flags: str) -> tuple[int, pd.DataFrame]:
     code = part1_quantize.main([*SMALL, "--output-dir", str(tmp_path), *flags])
-    return code, pd.read_csv(tmp_path / "quantization.csv").set_index("candidate")
+    (table,) = tmp_path.glob("*/quantization.csv")
+    return code, pd.read_csv(table).set_index("candidate")
 
 
 def test_quick_measures_everything_in_every_row(tmp_path: Path):
     code = part1_quantize.main(["--quick", "--rounds", "2", "--output-dir", str(tmp_path)])
-    table = pd.read_csv(tmp_path / "quantization.csv").set_index("candidate")
+    folder = tmp_path / "vit_digits"
+    table = pd.read_csv(folder / "quantization.csv").set_index("candidate")
     assert code == 0
     assert tuple(table.reset_index()[list(part1_quantize.COLUMNS)]) == part1_quantize.COLUMNS
     assert list(table.index) == ["fp32", "int8-eager", "onnx-int8"]
@@ -46,8 +49,9 @@ def test_quick_measures_everything_in_every_row(tmp_path: Path):
     assert (table.quantized_macs_percent.drop("fp32") > 80).all()
     assert table.quantized_layers["int8-eager"] == table.linear_layers["int8-eager"]
     assert (table.peak_memory_mb > 100).all()
-    environment = json.loads((tmp_path / "environment.json").read_text())
+    environment = json.loads((folder / "environment.json").read_text())
     assert environment["checkpoints"] == {"vit_digits.safetensors": card["sha256"]}
+    assert (folder / "quantization.png").stat().st_size > 0
 
 
 def test_baseline_always_runs_first_and_a_row_per_batch_size(tmp_path: Path):
@@ -77,13 +81,6 @@ def test_a_candidate_for_another_device_is_a_row(tmp_path: Path):
     assert table.status.tolist() == ["ok", "ok", "unavailable"]
     assert table.reason["fp8-torchao-bf16"] == "it does not run on cpu"
     assert table.peak_memory_mb.notna().tolist() == [True, True, False]
-
-
-def test_the_baseline_is_scored_however_slow_it_may_be(tmp_path: Path):
-    flags = ["--candidates", "int8-eager", "--max-slowdown", "0.001", "--no-memory"]
-    code, table = run_table(tmp_path, *flags)
-    assert code == 0
-    assert table.top1_percent.notna().tolist() == [True, False]
 
 
 def test_convolutional_net_gains_nothing_from_dynamic_quantisation(tmp_path: Path):
@@ -116,11 +113,17 @@ def build_slow(module: nn.Module, example: torch.Tensor, job: benchmark.Job) -> 
         time.sleep(0.3)
         return module(x)
 
-    return benchmark.Variant(call, 1, [])
+    return benchmark.Variant(call, 1)
 
 
 def build_nan(module: nn.Module, example: torch.Tensor, job: benchmark.Job) -> benchmark.Variant:
-    return benchmark.Variant(lambda x: module(x) * float("nan"), 1, [])
+    return benchmark.Variant(lambda x: module(x) * float("nan"), 1)
+
+
+def build_unquantised(
+    module: nn.Module, example: torch.Tensor, job: benchmark.Job
+) -> benchmark.Variant:
+    return benchmark.Variant(module, 1, [(7, 7)])  # no layer of the model has that shape
 
 
 def test_failing_candidates_become_rows_and_the_others_go_on(
@@ -132,10 +135,11 @@ def test_failing_candidates_become_rows_and_the_others_go_on(
         "crashing": (build_crashing, "cpu"),
         "slow": (build_slow, "cpu"),
         "not-finite": (build_nan, "cpu"),
+        "unquantised": (build_unquantised, "cpu"),
     }
     fp32 = {"fp32": part1_quantize.CANDIDATES["fp32"]}
     monkeypatch.setattr(part1_quantize, "CANDIDATES", fp32 | bad)
-    code, table = run_table(tmp_path, "--no-memory", "--max-slowdown", "5")
+    code, table = run_table(tmp_path, "--no-memory")
     assert code == 1
     assert table.status.to_dict() == {
         "fp32": "ok",
@@ -144,48 +148,18 @@ def test_failing_candidates_become_rows_and_the_others_go_on(
         "crashing": "unavailable",
         "slow": "ok",
         "not-finite": "failed",
+        "unquantised": "unavailable",
     }
     assert table.reason["broken"] == "ValueError: no such kernel"
     assert table.reason["missing"] == "not installed"
     assert "not enough memory" in table.reason["crashing"]
     assert "not scored" in table.reason["slow"]
     assert "NaN" in table.reason["not-finite"]
+    assert "nothing to quantise" in table.reason["unquantised"]
     assert table.latency_ms_median.notna().to_dict() == {
         name: name in ("fp32", "slow") for name in table.index
     }
     assert table.top1_percent.notna().sum() == 1
-
-
-def test_worker_keeps_its_state_and_its_errors_come_back():
-    with Worker() as worker:
-        assert worker.run(os.getpid) != os.getpid()
-        assert worker.run(os.getpid) == worker.run(os.getpid)
-        with pytest.raises(ValueError, match="invalid literal"):
-            worker.run(int, "x")
-
-
-class UnpicklableError(Exception):
-    """Survives no pickling: its arguments are not those of its constructor."""
-
-    def __init__(self, first: str, second: str) -> None:
-        super().__init__(f"{first} {second}")
-
-
-def raise_unpicklable() -> None:
-    raise UnpicklableError("compiler", "failed")
-
-
-def crash() -> None:
-    os.kill(os.getpid(), signal.SIGSEGV)
-
-
-def test_worker_reports_errors_that_do_not_pickle_and_crashes():
-    with Worker() as worker:
-        with pytest.raises(RuntimeError, match="UnpicklableError: compiler failed"):
-            worker.run(raise_unpicklable)
-        assert worker.run(abs, -1) == 1
-        with pytest.raises(RuntimeError, match=f"ended with {-signal.SIGSEGV}"):
-            worker.run(crash)
 
 
 def test_a_baseline_that_cannot_run_is_a_users_error(
@@ -194,35 +168,126 @@ def test_a_baseline_that_cannot_run_is_a_users_error(
     monkeypatch.setattr(part1_quantize, "CANDIDATES", {"fp32": (build_missing, "cpu")})
     assert part1_quantize.main([*SMALL, "--output-dir", str(tmp_path)]) == 2
     assert "fp32 did not run at batch size 4: not installed" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.glob("*/[!.]*")) == []
 
 
-def test_recorded_lets_a_users_error_through():
-    row: dict = {}
-    with pytest.raises(part1_quantize.cli.UserError), recorded(row):
-        raise part1_quantize.cli.UserError("mend this")
-    assert row == {}
+# --- the routes, on a small network ---------------------------------------------------------------
 
 
-def test_attention_counts_as_two_products():
-    class Attention(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return F.scaled_dot_product_attention(x, x, x)
-
-    heads, tokens, width = 2, 5, 8
-    counted = cost.count_cost(Attention(), torch.zeros(1, heads, tokens, width))
-    assert counted.multiply_adds == 2 * heads * tokens**2 * width
+class Subclass(nn.Linear):
+    """As timm has one: the same arithmetic under another type."""
 
 
-def test_share_counts_layers_parameters_and_multiply_adds():
-    module = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4), nn.Linear(4, 2))
-    counted = cost.count_cost(module, torch.zeros(1, 8))
-    share = cost.quantized_share(counted, [(16, 8), (4, 16), (99, 99)])
-    parameters = 8 * 16 + 16 + 16 * 4 + 4 + 4 * 2 + 2
-    assert share["quantized_layers"] == 2
-    assert share["linear_layers"] == 3
-    assert share["quantized_parameters_percent"] == pytest.approx(100 * 192 / parameters)
-    assert share["quantized_macs_percent"] == pytest.approx(100 * 192 / 200)
+class Small(nn.Module):
+    """A convolution, a linear layer, a subclass of one, and one whose weight a function gets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, stride=4)
+        self.hidden = nn.Linear(8, 8)
+        self.by_function = nn.Linear(8, 8)
+        self.head = Subclass(8, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.hidden(self.stem(images).mean((2, 3)).relu())
+        return self.head(F.linear(x, self.by_function.weight, self.by_function.bias))
+
+
+@pytest.fixture
+def small() -> nn.Module:
+    torch.manual_seed(0)
+    return Small().eval().requires_grad_(False)
+
+
+def job_of(folder: Path) -> benchmark.Job:
+    unused: Any = None
+    return benchmark.Job(
+        candidate="a candidate", build=unused, source=unused, device="cpu", folder=folder
+    )
+
+
+def test_eager_mode_quantises_subclasses_and_leaves_weights_that_functions_get(
+    small: nn.Module, tmp_path: Path
+):
+    images = torch.rand(4, 3, 8, 8)
+    expected = small(images)
+    variant = part1_quantize.build_int8_eager(small, images, job_of(tmp_path))
+    assert sorted(variant.quantized or []) == [(8, 8), (10, 8)]
+    error = (variant.call(images) - expected).abs().max()
+    assert 0 < error < 0.05
+
+
+def test_pt2e_quantises_linear_layers_however_called_and_no_convolution(small: nn.Module):
+    images = torch.rand(4, 3, 8, 8)
+    converted = part1_quantize.convert_pt2e(small, images)
+    assert sorted(part1_quantize.pt2e_int8_shapes(converted)) == [(8, 8), (8, 8), (10, 8)]
+
+
+def test_onnx_runtime_quantises_every_product_with_a_weight(small: nn.Module, tmp_path: Path):
+    images = torch.rand(4, 3, 8, 8)
+    expected = small(images)
+    variant = part1_quantize.build_onnx_int8(small, images, job_of(tmp_path))
+    assert sorted(variant.quantized or []) == [(8, 8), (8, 8), (10, 8)]
+    error = (torch.from_numpy(variant.call(images)) - expected).abs().max()
+    assert 0 < error < 0.05
+
+
+def test_openvino_quantises_and_says_what_it_was_calibrated_on(tmp_path: Path):
+    pytest.importorskip("nncf")
+    flags = ["--candidates", "openvino-bf16,openvino-int8,openvino-int8-static", "--no-memory"]
+    code, table = run_table(tmp_path, *flags)
+    assert code == 0
+    assert (table.status == "ok").all()
+    int8 = table.loc[["openvino-int8", "openvino-int8-static"]]
+    assert (int8.quantized_layers == int8.linear_layers).all()
+    assert list(int8.quantized_convolutions > 0) == [False, True]
+    assert list(table.calibration_images.notna()) == [False, False, False, True]
+    assert ((table.logit_cosine.iloc[1:] > 0.99) & (table.logit_cosine.iloc[1:] < 1)).all()
+    assert table.quantized_layers.isna().tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize("library", ["openvino", "nncf"])
+def test_without_openvino_the_reason_says_what_to_install(
+    library: str, small: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(UnavailableError, match="pip install openvino nncf"):
+        part1_quantize.build_openvino_fp32(small, torch.rand(1, 3, 8, 8), job_of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("machine", "vnni", "wanted"),
+    [("x86_64", True, False), ("x86_64", False, True), ("aarch64", False, False)],
+)
+def test_only_x86_without_vnni_needs_7_bits(
+    machine: str, vnni: bool, wanted: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: vnni)
+    assert part1_quantize.needs_7_bits() is wanted
+
+
+def test_eager_mode_takes_the_engine_that_is_there():
+    assert part1_quantize.pick_engine(["qnnpack", "none", "x86"]) == "x86"
+    assert part1_quantize.pick_engine(["qnnpack", "none"]) == "qnnpack"
+    with pytest.raises(UnavailableError, match="no engine"):
+        part1_quantize.pick_engine(["none"])
+
+
+def export_badly() -> None:
+    with part1_quantize.exporting("the exporter"):
+        try:
+            raise KeyError("no such operator")
+        except KeyError as error:
+            raise RuntimeError("A banner\nof many lines") from error
+
+
+def test_the_reason_why_an_exporter_failed_is_the_first_one():
+    with pytest.raises(UnavailableError, match="model: 'no such operator'"):
+        export_badly()
+
+
+# --- the command line -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -241,13 +306,14 @@ def test_share_counts_layers_parameters_and_multiply_adds():
         (["--threads", "1000000"], "this machine has"),
         (["--rounds", "-1"], "at least 1"),
         (["--block-seconds", "nan"], "above 0"),
-        (["--max-slowdown", "0"], "above 0"),
+        (["--mean", "red"], "list of numbers"),
+        (["--checkpoint", "mine.pth"], "--checkpoint goes with"),
         (["--seed", "x"], "whole number from 0"),
         (["--seed", "-1"], "whole number from 0"),
         (["--device", "tpu"], "invalid choice"),
         (["--no-such-flag"], "unrecognized"),
         (["--dataset", "tiny-imagenet", "--data-dir", __file__], "no wnids.txt"),
-        (["--dataset", "folder", "--data-dir", "/does/not/exist"], "no folder 'test'"),
+        (["--dataset", "folder", "--data-dir", "/does/not/exist"], "no folder test or val"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -271,43 +337,27 @@ def test_cuda_without_a_gpu_is_a_users_error(
     assert capsys.readouterr().err.startswith("error: --device cuda")
 
 
-def test_breakdown_of_a_gpu_is_a_users_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert part1_quantize.main([*SMALL, "--device", "cuda", "--breakdown"]) == 2
-    errors = capsys.readouterr().err
-    assert errors.startswith("error: --breakdown profiles a CPU")
-    assert errors.count("\n") == 1
-
-
-def test_breakdown_has_rows_for_every_candidate_and_a_reason_where_it_has_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    names = ("fp32", "int8-eager", "onnx-int8")
-    good = {name: part1_quantize.CANDIDATES[name] for name in names}
-    missing = {"missing": (build_missing, "cpu")}
-    monkeypatch.setattr(part1_quantize, "CANDIDATES", good | missing)
-    code, _ = run_table(tmp_path, "--no-memory", "--breakdown")
-    table = pd.read_csv(tmp_path / "breakdown.csv")
+def test_profile_writes_a_table_and_a_trace_of_each_candidate(tmp_path: Path):
+    code, _ = run_table(tmp_path, "--candidates", "fp32", "--no-memory", "--profile")
     assert code == 0
-    assert tuple(table) == BREAKDOWN_COLUMNS
-    assert list(table.candidate.unique()) == [*names, "missing"]
-    (absent,) = table[table.candidate == "missing"].to_dict("records")
-    assert (absent["status"], absent["reason"]) == ("unavailable", "not installed")
-    assert absent["ms"] != absent["ms"]
-    for _, rows in table[table.status == "ok"].groupby("candidate"):
-        assert set(rows.group) >= {"linear", "attention", "convolution", "normalization", "other"}
-        assert rows.group.is_unique
-        assert (rows.ms > 0).all()
-        assert rows.ms.sum() == pytest.approx(rows.profiled_ms.iloc[0])
-        assert rows.share_percent.sum() == pytest.approx(100)
-        assert (rows.latency_ms > 0).all()
+    path = tmp_path / "vit_digits" / "profile-fp32-batch4-threads1.json"
+    assert "aten::linear" in path.with_suffix(".txt").read_text()
+    events = json.loads(path.read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::linear" for event in events)
 
 
-def test_without_the_flag_there_is_no_breakdown(tmp_path: Path):
-    assert run_table(tmp_path, "--candidates", "fp32", "--no-memory")[0] == 0
-    assert not (tmp_path / "breakdown.csv").exists()
+def test_two_checkpoints_of_one_architecture_have_a_folder_each(tmp_path: Path):
+    weights = []
+    for name in ("first", "second"):
+        path = tmp_path / f"{name}.pth"
+        torch.save(timm.create_model("test_vit", num_classes=10).state_dict(), path)
+        flags = ["--model", "timm/test_vit", "--checkpoint", str(path), "--candidates", "fp32"]
+        flags += ["--no-memory", "--output-dir", str(tmp_path)]
+        assert part1_quantize.main([*SMALL, *flags]) == 0
+        folder = tmp_path / f"timm-test_vit-{name}"
+        assert pd.read_csv(folder / "quantization.csv").top1_percent.notna().all()
+        weights.append(json.loads((folder / "environment.json").read_text())["checkpoints"])
+    assert [list(files) for files in weights] == [["first.pth"], ["second.pth"]]
 
 
 def test_unwritable_output_is_a_users_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -328,7 +378,8 @@ def no_process_left(group: int) -> bool:
 
 
 def test_interrupt_keeps_the_old_table_and_leaves_no_process(tmp_path: Path):
-    table = tmp_path / "quantization.csv"
+    table = tmp_path / "vit_digits" / "quantization.csv"
+    table.parent.mkdir()
     table.write_text("old\n")
     command = [sys.executable, "part1_quantize.py", *SMALL, "--rounds", "100000"]
     with subprocess.Popen(

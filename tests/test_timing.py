@@ -204,10 +204,3 @@ def test_calls_per_block():
     assert timing.calls_per_block(10.0, 0.5) == 50
     assert timing.calls_per_block(3000.0, 0.5) == 1
     assert timing.calls_per_block(0.0, 0.5) == 1000
-
-
-def test_harness_costs_less_than_two_microseconds_a_call():
-    output = torch.zeros(1)
-    timings = [timing.time_block(lambda _: output, [None], 20_000) for _ in range(5)]
-    assert min(block.wall_ms for block in timings) * 1e6 / 20_000 < 2_000
-    assert min(np.median(block.latencies_ms) for block in timings) * 1e6 < 2_000
