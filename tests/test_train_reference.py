@@ -1,25 +1,30 @@
-"""Training the reference models: augmentation, schedule, resuming, and the weights as committed."""
+"""Training the reference models: augmentation, losses, short runs, and the weights as committed."""
 
 import json
 import os
-import signal
-import subprocess
-import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
-from utils import train_reference as tr
 from utils.cli import UserError
 from utils.data import ROOT, ImageSet, Preprocessing, hold_out, load_images, preprocess
-from utils.models import REFERENCE_MODELS, WEIGHTS_DIR, load_model, sample_logits, sha256_of
+from utils.models import (
+    REFERENCE_MODELS,
+    WEIGHTS_DIR,
+    ModelSource,
+    build_reference_vit,
+    load_model,
+    sample_logits,
+    sha256_of,
+)
+from weights import train_reference as tr
 
-CPU = torch.device("cpu")
 NOTHING = tr.Augmentation(False, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 TINY_IMAGENET = Path(os.environ.get("TINY_IMAGENET_DIR", ROOT / "data" / "tiny-imagenet"))
 SIZE_LIMIT_BYTES = {"vit_tiny_imagenet": 22_000_000, "vit_digits": 1_000_000}
@@ -28,7 +33,7 @@ SIZE_LIMIT_BYTES = {"vit_tiny_imagenet": 22_000_000, "vit_digits": 1_000_000}
 # --- augmentation ---------------------------------------------------------------------------------
 
 
-def test_augment_switched_off_is_the_preprocessing_of_evaluation():
+def test_augment_switched_off_is_the_preprocessing_of_evaluation() -> None:
     recipe = tr.RECIPES["vit_tiny_imagenet"]
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
     x, targets = tr.augment(images, torch.tensor([2, 0, 1]), 3, recipe, NOTHING)
@@ -37,7 +42,7 @@ def test_augment_switched_off_is_the_preprocessing_of_evaluation():
     assert targets.tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
 
 
-def test_augment_keeps_every_value_finite_and_targets_summing_to_one():
+def test_augment_keeps_every_value_finite_and_targets_summing_to_one() -> None:
     recipe = tr.RECIPES["vit_tiny_imagenet"]
     images = torch.randint(0, 256, (64, 3, 64, 64), dtype=torch.uint8)
     x, targets = tr.augment(images, torch.arange(64) % 5, 5, recipe, recipe.augmentation)
@@ -46,7 +51,7 @@ def test_augment_keeps_every_value_finite_and_targets_summing_to_one():
     torch.testing.assert_close(targets.sum(1), torch.ones(64))
 
 
-def test_erasing_sets_a_square_to_the_mean():
+def test_erasing_sets_a_square_to_the_mean() -> None:
     recipe = tr.RECIPES["vit_tiny_imagenet"]
     images = torch.full((16, 3, 64, 64), 255, dtype=torch.uint8)
     how = replace(NOTHING, erase=1.0)
@@ -56,30 +61,21 @@ def test_erasing_sets_a_square_to_the_mean():
     assert (erased < 0.35).all()
 
 
-# --- schedule, losses -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("left", "expected"), [(1000.0, 30), (40.0, 14), (float("inf"), 30), (-5.0, 10)]
-)
-def test_fit_epochs(left, expected):
-    assert tr.fit_epochs(30, 10, left, 10.0) == expected
-
-
-def test_last_epochs_are_calm():
-    phase = tr.RECIPES["vit_tiny_imagenet"].student
-    assert [phase.is_calm(epoch, 20) for epoch in (0, 17, 18, 19)] == [False, False, True, True]
+def test_calm_views_are_close_to_the_images() -> None:
     calm = tr.calm_down(tr.Augmentation(crop_area=0.2, mixup=0.5))
     assert (calm.mixup, calm.cutmix, calm.erase, calm.crop_area) == (0, 0, 0, 0.5)
     assert tr.calm_down(tr.Augmentation(crop_area=0.7)).crop_area == 0.7
 
 
-def test_distillation_loss_adds_up():
+# --- losses, optimiser, networks ------------------------------------------------------------------
+
+
+def test_distillation_loss_adds_up() -> None:
     logits, tokens = torch.randn(4, 5), torch.randn(4, 6, 8)
     targets = F.one_hot(torch.tensor([0, 1, 2, 3]), 5).float()
     recipe = replace(tr.RECIPES["vit_tiny_imagenet"], label_weight=0.0)
 
-    def loss_of(recipe, student_logits, student_tokens):
+    def loss_of(recipe: tr.Recipe, student_logits: Tensor, student_tokens: Tensor) -> float:
         loss = tr.distillation_loss(lambda _: (logits, tokens), recipe)
         return loss((student_logits, student_tokens), torch.empty(0), targets).item()
 
@@ -94,116 +90,82 @@ def test_distillation_loss_adds_up():
     assert loss_of(hard, logits, tokens) == pytest.approx(expected, abs=1e-4)
 
 
-def test_weight_decay_spares_vectors_and_position_embeddings():
-    phase = tr.RECIPES["vit_digits"].student
+def test_weight_decay_spares_vectors_and_position_embeddings() -> None:
     recipe = tr.RECIPES["vit_digits"]
-    vit = tr.models.build_reference_vit(**recipe.architecture, num_classes=10)
-    decayed, spared = tr.make_optimizer(vit, phase).param_groups
-    assert decayed["weight_decay"] == phase.weight_decay
+    vit = build_reference_vit(**recipe.architecture, num_classes=10)
+    decayed, spared = tr.make_optimizer(vit, recipe.student).param_groups
+    assert decayed["weight_decay"] == recipe.student.weight_decay
     assert spared["weight_decay"] == 0
     exempt = {id(p) for p in spared["params"]}
     for name, parameter in vit.named_parameters():
         assert (id(parameter) in exempt) == (parameter.ndim == 1 or name == "pos_embed"), name
 
 
-def test_teacher_and_student_see_the_same_grid():
+def test_teacher_and_student_see_the_same_grid() -> None:
     x = torch.randn(2, 3, 64, 64)
     recipe = tr.RECIPES["vit_tiny_imagenet"]
     teacher = tr.Teacher(8, 5)
-    vit = tr.models.build_reference_vit(**recipe.architecture | {"depth": 1}, num_classes=5)
+    vit = build_reference_vit(**recipe.architecture | {"depth": 1}, num_classes=5)
     student = tr.Student(vit, nn.Linear(recipe.architecture["width"], 64))
     assert [tuple(y.shape) for y in teacher(x)] == [(2, 5), (2, 64, 64)]
     assert [tuple(y.shape) for y in student(x)] == [(2, 5), (2, 64, 64)]
 
 
-def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
-    images = load_images("digits", "train", num_images=100)
-    train, held_out = hold_out(images, 0.1)
+def test_the_rate_warms_up_and_comes_to_rest() -> None:
+    phase = replace(tr.RECIPES["vit_digits"].student, epochs=10, warmup=2, learning_rate=0.5)
+    optimizer = tr.make_optimizer(nn.Linear(2, 2), phase)
+    rates = []
+    for step in range(40):  # four an epoch
+        tr.set_rate(optimizer, step, phase, 4)
+        rates.append(float(optimizer.param_groups[1]["lr"]))
+    assert max(rates) == rates[7] == 0.5
+    assert rates[3] == 0.25
+    assert 0 < rates[-1] < 0.002
+
+
+def test_a_loss_that_is_not_finite_stops_the_training() -> None:
     recipe = tr.RECIPES["vit_digits"]
-    setting = tr.Setting(recipe, train, held_out, 0, tmp_path)
-    with pytest.raises(UserError, match="lower the learning rate"):
+    task = tr.Task(recipe, *hold_out(load_images("digits", "train", num_images=100), 0.1))
+    vit = build_reference_vit(**recipe.architecture, num_classes=10)
+    with pytest.raises(UserError, match="lower the recipe's learning rate"):
         tr.train_phase(
             "student",
-            setting,
+            tr.Student(vit, nn.Identity()),
             recipe.student,
-            tr.Student(
-                tr.models.build_reference_vit(**recipe.architecture, num_classes=10), nn.Identity()
-            ),
             lambda output, _, __: output[0].sum() * float("nan"),
-            60.0,
+            task,
         )
 
 
 # --- whole runs -----------------------------------------------------------------------------------
 
 
-def digits_command(folder: Path, *extra: str) -> list[str]:
-    return [
-        *("--model", "vit_digits", "--device", "cpu", "--num-images", "140"),
-        *("--output-dir", str(folder / "out"), "--checkpoint-dir", str(folder / "checkpoints")),
-        *extra,
-    ]
-
-
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-u", "-m", "utils.train_reference", *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-
-
-def test_killed_run_continues_and_ends_as_if_it_had_not_been(tmp_path):
-    arguments = digits_command(tmp_path / "killed", "--epochs", "30")
-    victim = start(arguments)
-    assert victim.stdout is not None
-    line = victim.stdout.readline()  # printed after the checkpoint is written
-    assert line.startswith("student 10/30")
-    victim.send_signal(signal.SIGKILL)
-    assert victim.wait() == -signal.SIGKILL
-    assert not (tmp_path / "killed/out/vit_digits.safetensors").exists()
-
-    second = start(arguments)
-    printed, _ = second.communicate(timeout=120)
-    assert second.returncode == 0
-    assert "after epoch 10 of 30" in printed or "after epoch 20 of 30" in printed
-    assert "student 10/30" not in printed
-    assert not list((tmp_path / "killed/checkpoints/vit_digits").glob("*"))
-
-    threads = torch.get_num_threads()
+def test_trainings_of_one_seed_are_equal_and_learn() -> None:
+    phase = replace(tr.RECIPES["vit_digits"].student, epochs=8, warmup=1, learning_rate=1e-2)
+    small = {"image_size": 8, "patch_size": 2, "width": 48, "depth": 1, "heads": 2}
+    recipe = replace(tr.RECIPES["vit_digits"], student=phase, architecture=small)
+    task = tr.Task(recipe, *hold_out(load_images("digits", "train", num_images=500), 0.2))
+    threads, states = torch.get_num_threads(), []
     torch.set_num_threads(1)
-    assert tr.main(digits_command(tmp_path / "whole", "--epochs", "30")) == 0
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        vit, facts = tr.train_reference(task)
+        states.append(torch.cat([value.flatten() for value in vit.state_dict().values()]))
+        assert facts["student_epochs"] == 8
+        assert facts["student_held_out_top1"] > 30  # of ten classes
     torch.set_num_threads(threads)
-    resumed, whole = (
-        load_file(tmp_path / name / "out/vit_digits.safetensors") for name in ("killed", "whole")
-    )
-    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert states[0].equal(states[1])
+    assert not states[0].equal(states[2])
 
 
-def test_time_limit_plans_fewer_epochs(tmp_path):
-    arguments = digits_command(tmp_path, "--epochs", "5000", "--max-minutes", "0.05")
-    assert tr.main(arguments) == 0
-    card = json.loads((tmp_path / "out/vit_digits.json").read_text())
-    assert 2 <= card["student_epochs"] < 500
-    assert card["student_best_epoch"] <= card["student_epochs"]
-
-
-def test_checkpoint_of_another_recipe_is_not_continued(tmp_path, capsys):
-    folder = tmp_path / "checkpoints" / "vit_digits"
-    folder.mkdir(parents=True)
-    torch.save({"key": "another"}, folder / "student.pt")
-    assert tr.main(digits_command(tmp_path, "--epochs", "1")) == 0
-    assert "belongs to another recipe" in capsys.readouterr().out
-
-
-def test_quick_run_with_teacher_writes_a_model_and_leaves_weights_alone(tiny_imagenet, tmp_path):
+def test_quick_run_with_teacher_writes_a_model_and_leaves_weights_alone(
+    tiny_imagenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = sha256_of(WEIGHTS_DIR / "vit_tiny_imagenet.safetensors")
-    folder = tmp_path / "checkpoints"
+    monkeypatch.chdir(tmp_path)
     arguments = ["--quick", "--device", "cpu", "--data-dir", str(tiny_imagenet)]
-    assert tr.main([*arguments, "--checkpoint-dir", str(folder)]) == 0
-    weights = folder / "vit_tiny_imagenet" / "vit_tiny_imagenet.safetensors"
+    assert tr.main([*arguments, "--model", "vit_tiny_imagenet"]) == 0
+    weights = tmp_path / "results/train_reference/vit_tiny_imagenet.safetensors"
     card = json.loads(weights.with_suffix(".json").read_text())
     assert card["sha256"] == sha256_of(weights)
     assert (card["training_images"], card["held_out_images"], card["n_images"]) == (9, 3, 12)
@@ -218,17 +180,15 @@ def test_quick_run_with_teacher_writes_a_model_and_leaves_weights_alone(tiny_ima
     "arguments",
     [
         ["--model", "resnet"],
-        ["--epochs", "0"],
-        ["--max-minutes", "0"],
-        ["--max-minutes", "soon"],
-        ["--num-images", "1e3"],
+        ["--seed", "first"],
         ["--data-dir", "/nonexistent"],
         ["--no-such-flag"],
     ],
 )
-def test_bad_values_are_one_line_errors(arguments, tmp_path, capsys):
-    folders = ["--output-dir", str(tmp_path / "o"), "--checkpoint-dir", str(tmp_path / "c")]
-    assert tr.main([*folders, *arguments]) == 2
+def test_bad_values_are_one_line_errors(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tr.main(["--output-dir", str(tmp_path / "o"), *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
@@ -237,33 +197,37 @@ def test_bad_values_are_one_line_errors(arguments, tmp_path, capsys):
 # --- the weights as committed ---------------------------------------------------------------------
 
 
-def card_of(name: str) -> dict:
+def card_of(name: str) -> dict[str, Any]:
     return json.loads((WEIGHTS_DIR / f"{name}.json").read_text())
 
 
 def top1(name: str, images: ImageSet) -> float:
-    model = load_model(name)
-    return tr.top1_percent(model.module, images, model.preprocessing.input_size)
+    return tr.top1_percent(load_model(ModelSource(name)).module, images, tr.RECIPES[name])
 
 
 @pytest.mark.parametrize("name", REFERENCE_MODELS)
-def test_committed_weights_give_the_logits_of_their_card(name):
-    card, model = card_of(name), load_model(name)
+def test_committed_weights_give_the_logits_of_their_card(name: str) -> None:
+    card, model = card_of(name), load_model(ModelSource(name))
     logits = sample_logits(model.module, model.preprocessing.input_size)
     expected = torch.tensor(card["sample_logits"])
     torch.testing.assert_close(torch.tensor(logits), expected, atol=2e-3, rtol=0)
     assert (WEIGHTS_DIR / f"{name}.safetensors").stat().st_size < SIZE_LIMIT_BYTES[name]
-    assert model.preprocessing.mean == tr.MEAN
-    assert model.preprocessing.std == tr.STD
+    assert model.preprocessing == tr.RECIPES[name].preprocessing
 
 
 @pytest.mark.parametrize("name", REFERENCE_MODELS)
-def test_card_names_the_recipe_of_the_code(name):
-    recipe = json.loads(json.dumps(tr.dataclasses.asdict(tr.RECIPES[name])))
-    assert card_of(name)["recipe"] == recipe
+def test_card_names_the_recipe_of_the_code(name: str) -> None:
+    assert shared(card_of(name)["recipe"], json.loads(json.dumps(asdict(tr.RECIPES[name]))))
 
 
-def test_digits_accuracy_is_that_of_its_card():
+def shared(card: Any, code: Any) -> bool:
+    """Does the card agree with the code wherever the code says something?"""
+    if not isinstance(code, dict):
+        return card == code
+    return all(shared(card[key], value) for key, value in code.items())
+
+
+def test_digits_accuracy_is_that_of_its_card() -> None:
     images = load_images("digits", "test")
     card = card_of("vit_digits")
     assert len(images) == card["n_images"]
@@ -274,7 +238,7 @@ def test_digits_accuracy_is_that_of_its_card():
 @pytest.mark.skipif(
     not (TINY_IMAGENET / "wnids.txt").is_file(), reason="needs the Tiny-ImageNet images"
 )
-def test_tiny_imagenet_accuracy_is_that_of_its_card():
+def test_tiny_imagenet_accuracy_is_that_of_its_card() -> None:
     images = load_images("tiny-imagenet", "val", TINY_IMAGENET)
     card = card_of("vit_tiny_imagenet")
     assert len(images) == card["n_images"] == 10_000
