@@ -33,19 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import benchmark, data, evaluation, timing
-from utils.benchmark import (
-    Build,
-    Job,
-    Variant,
-    allow_tf32,
-    check_capability,
-    require_compiler,
-    state_bytes,
-)
+from utils.benchmark import Build, Job, Variant, state_bytes
 from utils.onnx_tools import EXPORT, onnx_bytes, onnx_int8_shapes, onnx_session, save_program
 from utils.workers import Outcome, UnavailableError, Worker, attempt
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "model",
     "dataset",
     "candidate",
@@ -54,18 +46,10 @@ COLUMNS = (
     "batch_size",
     "status",
     "reason",
-    *timing.LATENCY_COLUMNS,
-    *evaluation.ACCURACY_COLUMNS,
-    "accuracy_batch_size",
-    "size_mb",
-    "peak_memory_mb",
-    "build_peak_memory_mb",
-    "build_seconds",
-    *benchmark.SHARE_COLUMNS,
-    "calibration_images",
-    "load_average_before",
-    "load_average_after",
 )
+COLUMNS += (*timing.LATENCY_COLUMNS, *evaluation.ACCURACY_COLUMNS, "accuracy_batch_size", "size_mb")
+COLUMNS += (*benchmark.MEMORY_COLUMNS, "build_seconds", *benchmark.SHARE_COLUMNS)
+COLUMNS += ("calibration_images", *benchmark.LOAD_COLUMNS)
 SHOWN = {
     "candidate": ("candidate", "s"),
     "batch_size": ("batch", "d"),
@@ -116,13 +100,13 @@ def build_fp32_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
 
 def build_tf32(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Float32 with TF32 matrix products, eager (GPU)."""
-    allow_tf32()
+    benchmark.allow_tf32()
     return build_fp32(module, example, job)
 
 
 def build_tf32_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Float32 with TF32 matrix products, by torch.compile (GPU)."""
-    allow_tf32()
+    benchmark.allow_tf32()
     return build_fp32_compile(module, example, job)
 
 
@@ -168,7 +152,7 @@ def build_int8_torchao_bf16(module: nn.Module, example: Tensor, job: Job) -> Var
 
 def build_fp8_torchao_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Dynamic fp8 by torchao over a bfloat16 model, per row, compiled (GPU)."""
-    check_capability("fp8")
+    benchmark.check_capability("fp8")
     quantization = import_torchao()
     config = quantization.Float8DynamicActivationFloat8WeightConfig(
         granularity=quantization.PerRow(), set_inductor_config=False
@@ -336,7 +320,7 @@ def compile_frozen(call: Callable[[Tensor], Tensor], example: Tensor) -> Callabl
     import torch._inductor.config as inductor
 
     on_gpu = example.is_cuda
-    require_compiler(example.device.type)
+    benchmark.require_compiler(example.device.type)
     inductor.freezing = not on_gpu  # as an option of torch.compile it is ignored
     compiled = torch.compile(call, mode="reduce-overhead" if on_gpu else None)
     compiled(example)

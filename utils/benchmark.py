@@ -39,24 +39,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from utils import cli, data, evaluation, figures, results, timing
-from utils.models import (
-    LoadedModel,
-    ModelSource,
-    describe_preprocessing,
-    load_model,
-    run_name,
-    scored_logits,
-)
-from utils.workers import (
-    Outcome,
-    UnavailableError,
-    Worker,
-    attempt,
-    peak_memory_mb,
-    recorded,
-    reset_peak_memory,
-)
+from utils import cli, data, evaluation, figures, models, results, timing, workers
+from utils.models import LoadedModel, ModelSource
+from utils.workers import Outcome, UnavailableError, Worker, attempt, recorded
 
 NEEDS_CAPABILITY = {"tf32": (8, 0), "bf16": (8, 0), "fp8": (8, 9)}
 MAX_SLOWDOWN = 4.0  # a candidate this many times slower than the baseline is timed, not scored
@@ -67,7 +52,7 @@ PRODUCT_SIDE, PRODUCT_SECONDS = 1024, 0.5  # of the square matrices that tell ma
 
 MEMORY_COLUMNS = ("peak_memory_mb", "build_peak_memory_mb")
 LOAD_COLUMNS = ("load_average_before", "load_average_after")
-SHARE_COLUMNS = (
+SHARE_COLUMNS: tuple[str, ...] = (
     "quantized_layers",
     "linear_layers",
     "quantized_convolutions",
@@ -154,18 +139,10 @@ def add_arguments(parser: argparse.ArgumentParser, output_dir: Path, sizes: list
     threads = [torch.get_num_threads()]
     add("--threads", type=cli.int_list, default=threads, help="CPU threads, comma-separated")
     add("--rounds", type=cli.positive_int, default=15, help="interleaved rounds of timing")
-    add(
-        "--block-seconds",
-        type=cli.positive_float,
-        default=0.5,
-        help="length of the baseline's block in each round, in seconds; at most 1000 calls",
-    )
-    add(
-        "--memory",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="measure peak memory in a further process per candidate",
-    )
+    turn = "seconds of the baseline in each round, at most 1000 calls"
+    add("--block-seconds", type=cli.positive_float, default=0.5, help=turn)
+    apart = "measure peak memory, in a further process per candidate"
+    add("--memory", action=argparse.BooleanOptionalAction, default=True, help=apart)
     add("--seed", type=cli.seed, default=0, help="seed of subsets, weights and the order of turns")
     add("--output-dir", type=Path, default=output_dir, help="each model has a folder in it")
 
@@ -238,7 +215,7 @@ def open_run(
         seed=args.seed,
         network=network,
     )
-    model = load_model(source)
+    model = models.load_model(source)
     load = functools.partial(
         data.load_images,
         args.dataset,
@@ -253,7 +230,7 @@ def open_run(
         split = data.ACCURACY_SPLIT[args.dataset]
         labelled = load(split=split, num_images=args.num_images, seed=args.seed)
         speed = load_speed_images(load, args.dataset, batch_sizes[0], args.seed)
-        class_logits, classes = scored_logits(model, labelled)
+        class_logits, classes = models.scored_logits(model, labelled)
     run = Run(
         source=source,
         model=model,
@@ -269,7 +246,7 @@ def open_run(
         rounds=args.rounds,
         block_seconds=args.block_seconds,
         memory=args.memory,
-        folder=cli.make_output_dir(args.output_dir / run_name(source)),
+        folder=cli.make_output_dir(args.output_dir / models.run_name(source)),
         environment=results.environment(
             model=args.model,
             checkpoints=model.checkpoints,
@@ -329,7 +306,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
 def introduce(run: Run) -> None:
     """Say what is measured on what, and what this CPU can do at most, which is measured now."""
     print(f"{run.source.name} on {run.device}: {len(run.labelled)} {run.labelled.split} images")
-    print(describe_preprocessing(run.model))
+    print(models.describe_preprocessing(run.model))
     print(run.environment["classes"])
     load, cores, threads = os.getloadavg()[0], os.cpu_count() or 1, max(run.threads)
     if load + threads > cores + 0.5:
@@ -346,17 +323,15 @@ def introduce(run: Run) -> None:
 
 
 def measure_products(threads: int) -> dict[str, float]:
-    """In a worker: the highest rate of a large matrix product, in billions of operations/s."""
-    torch.set_num_threads(threads)
+    """In a worker: rates of a large matrix product, in billions of operations per second."""
+    from torch.utils.benchmark import Timer
+
     x = torch.rand(PRODUCT_SIDE, PRODUCT_SIDE)
-    whole = (100 * x).to(torch.int8)
+    factors = {"x": x, "whole": (100 * x).to(torch.int8)}
     rates = {}
-    for name, product, factor in (("fp32", torch.mm, x), ("int8", torch._int_mm, whole)):
-        seconds = math.inf
-        end = time.perf_counter() + PRODUCT_SECONDS
-        while (start := time.perf_counter()) < end:
-            product(factor, factor)
-            seconds = min(seconds, time.perf_counter() - start)
+    for name, product in (("fp32", "torch.mm(x, x)"), ("int8", "torch._int_mm(whole, whole)")):
+        timer = Timer(product, globals=factors, num_threads=threads)
+        seconds = timer.blocked_autorange(min_run_time=PRODUCT_SECONDS).median
         rates[name] = round(2 * PRODUCT_SIDE**3 / seconds / 1e9, 1)
     return rates
 
@@ -497,7 +472,7 @@ def serve(job: Job) -> float:
     """Build the candidate and call it once; from now on it is `served`. Returns the seconds."""
     global served
     prepare_process(job)
-    model = load_model(job.source)
+    model = models.load_model(job.source)
     size = model.preprocessing.input_size
     example = torch.rand(job.batch_size, 3, size, size, device=job.device)
     module = model.module.to(job.device) if job.needs_module else model.module
@@ -523,17 +498,10 @@ def prepare_process(job: Job) -> None:
 
 def require_compiler(device: str) -> None:
     """UnavailableError unless torch.compile finds a compiler: of C++ for a CPU, of C for a GPU."""
-    if device == "cuda":
-        language = "C"
-        found = any(map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang")))
-    else:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-
-        language, found = "C++", False
-        with contextlib.suppress(Exception):
-            found = bool(get_cpp_compiler())
-    if not found:
-        raise UnavailableError(f"torch.compile needs a {language} compiler (gcc) on this machine")
+    names = {"cpu": ["CXX", "g++", "clang++"], "cuda": ["CC", "cc", "gcc", "clang"]}[device]
+    chosen = os.environ.get(names[0], names[1])
+    if not any(map(shutil.which, [chosen, *names[1:]])):
+        raise UnavailableError(f"torch.compile needs a compiler on this machine: {names[1]}")
 
 
 def predict_logits(images: np.ndarray) -> np.ndarray:
@@ -592,11 +560,14 @@ def measure_memory(job: Job, images: np.ndarray) -> Row:
     """
     serve(job)
     load_inputs(images)
-    build_peak = peak_memory_mb(job.device)
+    build_peak = workers.peak_memory_mb(job.device)
     gc.collect()
-    reset_peak_memory(job.device)
+    workers.reset_peak_memory(job.device)
     time_calls(MEMORY_BATCHES)
-    return {"build_peak_memory_mb": build_peak, "peak_memory_mb": peak_memory_mb(job.device)}
+    return {
+        "build_peak_memory_mb": build_peak,
+        "peak_memory_mb": workers.peak_memory_mb(job.device),
+    }
 
 
 def check_capability(precision: str) -> None:
@@ -706,10 +677,12 @@ def measure_setting(
     baseline, batch_size = jobs[0].candidate, jobs[0].batch_size
     load_before = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
-        workers = {job.candidate: stack.enter_context(Worker()) for job in jobs}
-        for worker in workers.values():  # they start side by side; none builds before all are idle
+        processes = {job.candidate: stack.enter_context(Worker()) for job in jobs}
+        for (
+            worker
+        ) in processes.values():  # they start side by side; none builds before all are idle
             worker.run(os.getpid)
-        rows, latency_ms, logits = build_all(run, jobs, workers, images, scored, check)
+        rows, latency_ms, logits = build_all(run, jobs, processes, images, scored, check)
         # As many calls as fill the baseline's turn, fewer where that would take twice as long.
         calls = {
             name: min(
@@ -721,7 +694,7 @@ def measure_setting(
         take_turns = functools.partial(
             timing.measure_rounds, rounds=run.rounds, calls=calls, seed=run.source.seed
         )
-        turns = {name: functools.partial(workers[name].run, time_calls) for name in calls}
+        turns = {name: functools.partial(processes[name].run, time_calls) for name in calls}
         blocks = take_turns(turns, guard=lambda name: recorded(rows[name]))
         check_baseline(rows[baseline], batch_size)
         load = {"load_average_before": load_before, "load_average_after": os.getloadavg()[0]}
@@ -729,7 +702,7 @@ def measure_setting(
             rows[name] |= latency_row | load
         add_graph_speedups(jobs, rows, blocks)
         if transfers:
-            timed = {name: workers[name] for name in blocks}
+            timed = {name: processes[name] for name in blocks}
             add_transfers(rows, timed, take_turns, baseline, batch_size)
     return rows, {name: output for name, output in logits.items() if rows[name]["status"] == "ok"}
 
@@ -737,7 +710,7 @@ def measure_setting(
 def build_all(
     run: Run,
     jobs: Sequence[Job],
-    workers: Mapping[str, Worker],
+    processes: Mapping[str, Worker],
     images: Tensor,
     scored: bool,
     check: Check | None,
@@ -753,7 +726,7 @@ def build_all(
     latency_ms: dict[str, float] = {}
     logits: dict[str, Tensor] = {}
     for job in jobs:
-        name, worker = job.candidate, workers[job.candidate]
+        name, worker = job.candidate, processes[job.candidate]
         row = rows[name] = {"candidate": name, "status": "ok"}
         with recorded(row):
             row |= worker.run(open_candidate, job, run.cost)
@@ -765,8 +738,7 @@ def build_all(
             if scored and slowdown > MAX_SLOWDOWN:
                 add_reason(row, f"not scored: {slowdown:.0f} times slower than {baseline}")
             elif scored:
-                tell = functools.partial(tell_duration, run, len(jobs)) if not logits else None
-                logits[name] = take_logits(run.labelled.images, job, worker, tell)
+                logits[name] = take_logits(run, job, worker, 0 if logits else len(jobs))
             latency_ms[name] = latency
         how = f"built in {row['build_seconds']:.1f} s" if row["status"] == "ok" else row["status"]
         print(f"  {name:24}{how}  {row.get('reason', '')}", flush=True)
@@ -776,26 +748,20 @@ def build_all(
     return rows, latency_ms, logits
 
 
-def take_logits(
-    images: Tensor, job: Job, worker: Worker, tell: Callable[[float], None] | None
-) -> Tensor:
-    """Logits `[N, C]` of the images; `tell` hears, after a part of them, of the seconds for all."""
-    parts = images.split(job.batch_size * max(1, SCORED_AT_ONCE // job.batch_size))
+def take_logits(run: Run, job: Job, worker: Worker, candidates: int) -> Tensor:
+    """Logits `[N, C]` of the labelled images; tell early how long that many `candidates` take."""
+    parts = run.labelled.images.split(job.batch_size * max(1, SCORED_AT_ONCE // job.batch_size))
     logits: list[Tensor] = []
     start = time.perf_counter()
     for part in tqdm(parts, desc=f"scoring {job.candidate}", disable=None, leave=False):
         logits.append(torch.from_numpy(worker.run(predict_logits, part.numpy())))
-        if tell is not None and len(logits) == 1:
-            tell(len(parts) * (time.perf_counter() - start))
+        if candidates and len(logits) == 1:
+            scoring = len(parts) * (time.perf_counter() - start)
+            turns = len(run.threads) * len(run.batch_sizes) * run.rounds
+            seconds = candidates * (scoring + turns * run.block_seconds)
+            duration = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+            print(f"  about {duration} if all are as fast as this one, building not counted")
     return torch.cat(logits)
-
-
-def tell_duration(run: Run, candidates: int, scoring_seconds: float) -> None:
-    """Say how long the run takes if scoring takes every candidate as long as the baseline."""
-    settings = len(run.threads) * len(run.batch_sizes)
-    seconds = candidates * (scoring_seconds + settings * run.rounds * run.block_seconds)
-    duration = f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-    print(f"  about {duration} to go, besides building", flush=True)
 
 
 def add_graph_speedups(
@@ -811,21 +777,21 @@ def add_graph_speedups(
             continue
         both = {second: blocks[second], name: blocks[name]}
         summary = timing.summarise(both, second, job.batch_size)[name]
-        rows[name]["graph_baseline"] = second
-        rows[name] |= {column: summary[like] for column, like in GRAPH_COLUMNS.items()}
+        columns = {column: summary[like] for column, like in GRAPH_COLUMNS.items()}
+        rows[name] |= {"graph_baseline": second, **columns}
 
 
 def add_transfers(
     rows: Mapping[str, Row],
-    workers: Mapping[str, Worker],
+    processes: Mapping[str, Worker],
     take_turns: Callable[..., dict[str, list[timing.Block]]],
     baseline: str,
     batch_size: int,
 ) -> None:
     """Time the candidates once more, with transfers; who fails only here keeps what it has."""
     turns: dict[str, timing.TimeBlock] = {}
-    outcomes: dict[str, Row] = {name: {} for name in workers}
-    for name, worker in workers.items():
+    outcomes: dict[str, Row] = {name: {} for name in processes}
+    for name, worker in processes.items():
         with recorded(outcomes[name]):
             worker.run(load_host_inputs)
             turns[name] = functools.partial(worker.run, time_host_calls)
