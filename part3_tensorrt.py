@@ -256,7 +256,7 @@ class Reference:
 
     images: np.ndarray
     logits: Tensor
-    trained: bool
+    classified: bool  # the largest logit names a class; random weights are too near to a draw
 
 
 def make_reference(run: Run) -> Reference:
@@ -268,18 +268,20 @@ def make_reference(run: Run) -> Reference:
         with contextlib.suppress(cli.UserError):
             images = run.load(split=split, num_images=PARITY_IMAGES, seed=seed, fewer=True).images
     logits = evaluation.predict(run.model.module, images, run.model.preprocessing, 16)
-    return Reference(images.numpy(), logits, run.model.trained)
+    classified = run.model.trained and run.model.num_classes > 0
+    return Reference(images.numpy(), logits, classified)
 
 
-def compare_logits(logits: Tensor, reference: Tensor) -> dict[str, Any]:
-    """PARITY_COLUMNS of logits `[N, C]`."""
-    if logits.shape != reference.shape:
-        raise ParityError(f"logits {list(logits.shape)}, PyTorch gives {list(reference.shape)}")
-    same = logits.argmax(1) == reference.argmax(1)
+def compare_logits(logits: Tensor, reference: Reference) -> dict[str, Any]:
+    """PARITY_COLUMNS of logits `[N, C]` of the reference's images."""
+    wanted = reference.logits
+    if logits.shape != wanted.shape:
+        raise ParityError(f"logits {list(logits.shape)}, PyTorch gives {list(wanted.shape)}")
+    agreement = evaluation.percent(logits.argmax(1) == wanted.argmax(1))
     values = (
-        evaluation.centred_cosine(logits, reference),
-        (logits - reference).abs().max().item(),
-        evaluation.percent(same),
+        evaluation.centred_cosine(logits, wanted),
+        (logits - wanted).abs().max().item(),
+        agreement if reference.classified else None,
         len(logits),
     )
     return dict(zip(PARITY_COLUMNS, values, strict=True))
@@ -289,16 +291,14 @@ def parity_check(reference: Reference) -> Check:
     """A check that compares a candidate's logits with PyTorch's before it is timed."""
 
     def check(row: dict[str, Any], predict: Predict) -> None:
-        row |= compare_logits(torch.from_numpy(predict(reference.images)), reference.logits)
-        require_parity(row, CANDIDATES[row["candidate"]].precision, reference.trained)
+        row |= compare_logits(torch.from_numpy(predict(reference.images)), reference)
+        require_parity(row, CANDIDATES[row["candidate"]].precision)
 
     return check
 
 
-def require_parity(row: Mapping[str, Any], precision: str, trained: bool) -> None:
+def require_parity(row: Mapping[str, Any], precision: str) -> None:
     """Hold a row's parity against the gates of a precision.
-
-    The classes of random weights are too near to each other for their agreement to mean anything.
 
     Raises:
         ParityError: it is below one of them, or is not a number.
@@ -309,8 +309,8 @@ def require_parity(row: Mapping[str, Any], precision: str, trained: bool) -> Non
         raise ParityError(f"the logits hold NaN or infinity{hint}")
     if cosine < GATES[precision]:
         raise ParityError(f"cosine {cosine:.5f} with PyTorch's logits, wanted {GATES[precision]}")
-    least = LEAST_AGREEMENT.get(precision, 0.0) if trained else 0.0
-    if agreement < least:
+    least = LEAST_AGREEMENT.get(precision, 0.0)
+    if agreement is not None and agreement < least:
         raise ParityError(f"{agreement:.0f} % of the images get PyTorch's class, wanted {least}")
 
 
@@ -449,7 +449,7 @@ def check_export(
         if len(part)
     ]
     row["checked_batch_sizes"] = " ".join(map(str, CHECKED_BATCHES))
-    return row | compare_logits(torch.cat(logits), reference.logits)
+    return row | compare_logits(torch.cat(logits), reference)
 
 
 def make_export(
@@ -484,7 +484,7 @@ def make_export(
         how = run.model.preprocessing
         row |= worker.run(check_export, precision, path, job.threads, how, reference)
         if precision != "bf16":
-            require_parity(row, precision, reference.trained)
+            require_parity(row, precision)
         for file in onnx_tools.onnx_files(path):
             file.replace(target.with_name(file.name))
     return row
@@ -497,7 +497,7 @@ def check_own(run: Run, path: Path, job: EngineJob, reference: Reference) -> dic
     how = run.model.preprocessing
     with recorded(row), Worker() as worker:
         row |= worker.run(check_export, "own", path, job.threads, how, reference)
-        require_parity(row, "own", reference.trained)
+        require_parity(row, "own")
     return row
 
 

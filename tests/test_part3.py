@@ -145,7 +145,7 @@ def digits_reference(module: nn.Module | None = None) -> part3.Reference:
     images = data.load_images("digits", "test").images[:8]
     model = load_model(DIGITS)
     logits = (module or model.module)(data.preprocess(images, model.preprocessing))
-    return part3.Reference(images.numpy(), logits, trained=True)
+    return part3.Reference(images.numpy(), logits, classified=True)
 
 
 class Overflowing(nn.Module):
@@ -197,21 +197,31 @@ def test_failed_export_is_a_row_and_leaves_no_older_file(
 
 
 def test_gates_ask_for_the_cosine_and_in_8_bits_for_agreement():
-    def row(cosine: float, agreement: float = 100.0) -> dict[str, float]:
+    def row(cosine: float, agreement: float | None = 100.0) -> dict[str, float | None]:
         return {"parity_cosine": cosine, "parity_agreement_percent": agreement}
 
-    part3.require_parity(row(0.97, 95), "fp8", trained=True)
-    part3.require_parity(row(0.97, 10), "fp8", trained=False)  # random classes say nothing
-    part3.require_parity(row(0.9999, 80), "fp16", trained=True)
+    part3.require_parity(row(0.97, 95), "fp8")
+    part3.require_parity(row(0.97, None), "fp8")  # random weights, or no classes
+    part3.require_parity(row(0.9999, 80), "fp16")
     with pytest.raises(part3.ParityError, match="85 % of the images get PyTorch's class"):
-        part3.require_parity(row(0.967, 85), "fp8", trained=True)
+        part3.require_parity(row(0.967, 85), "fp8")
     for precision, cosine in {"int8": 0.5, "tf32": 0.5, "bf16": 0.9}.items():
         with pytest.raises(part3.ParityError, match="wanted"):
-            part3.require_parity(row(cosine), precision, trained=False)
+            part3.require_parity(row(cosine, None), precision)
     with pytest.raises(part3.ParityError, match=r"NaN or infinity$"):
-        part3.require_parity(row(math.nan), "fp32", trained=True)
+        part3.require_parity(row(math.nan), "fp32")
     with pytest.raises(part3.ParityError, match="NaN or infinity, as when fp16 exceeds 65504"):
-        part3.require_parity(row(math.nan), "int8", trained=True)
+        part3.require_parity(row(math.nan), "int8")
+
+
+@pytest.mark.parametrize("classified", [True, False])
+def test_agreement_is_left_out_where_the_largest_logit_names_no_class(classified: bool):
+    reference = replace(digits_reference(), classified=classified)
+    found = part3.compare_logits(reference.logits, reference)
+    assert tuple(found) == part3.PARITY_COLUMNS
+    assert found["parity_agreement_percent"] == (100.0 if classified else None)
+    with pytest.raises(part3.ParityError, match=r"logits \[8, 3\], PyTorch gives \[8, 10\]"):
+        part3.compare_logits(reference.logits[:, :3], reference)
 
 
 def test_exports_are_those_that_the_candidates_read():
