@@ -359,7 +359,7 @@ def unchanged(network: nn.Module, device: torch.device) -> Iterator[None]:
 
 Run = Callable[[int, float], float]  # steps, share of them with small images -> loss at the end
 
-BLOCKS = 4
+BLOCKS = 3
 BLOCK_SHARE = 0.01  # of the seconds of a training, at least, are those of a block
 
 
@@ -367,6 +367,7 @@ def count_steps(run: Run, seconds: float, small_share: float, clock: Callable[[]
     """How many steps take so many seconds, by the mean of a few blocks for each image size."""
 
     def time_step(small: float) -> float:
+        run(1, small)  # the first is slower
         durations: list[float] = []
         steps = 1
         while len(durations) < BLOCKS:
@@ -375,7 +376,7 @@ def count_steps(run: Run, seconds: float, small_share: float, clock: Callable[[]
             duration = clock() - begun
             if durations or duration >= BLOCK_SHARE * seconds:
                 durations.append(duration / steps)
-            else:  # too short to time; and the device was still cold
+            else:  # too short to time
                 steps *= 2
         return statistics.fmean(durations)
 
@@ -813,15 +814,21 @@ def tables_of(tuning: Tuning) -> dict[str, tuple[list[dict[str, Any]], list[str]
     }
 
 
-def write_tables(tuning: Tuning) -> None:
-    for name, (rows, columns) in tables_of(tuning).items():
+def write_tables(tuning: Tuning) -> dict[str, list[dict[str, Any]]]:
+    """Write the tables that have rows; return the rows."""
+    tables = tables_of(tuning)
+    for name, (rows, columns) in tables.items():
         if rows:
             results.write_csv(tuning.folder / f"{name}.csv", rows, columns)
+    return {name: rows for name, (rows, _) in tables.items()}
 
 
 def report(tuning: Tuning, machine: str) -> int:
-    """Draw and print what there is; exit code 1 if a finalist's or a final training failed."""
-    rows = {name: rows for name, (rows, _) in tables_of(tuning).items()}
+    """Write, draw and print what there is; exit code 1 if a finalist's or a final training failed.
+
+    What is not done by this run may have been by another, on this or another machine.
+    """
+    rows = write_tables(tuning)
     if rows["trials"]:
         figures.draw_study(rows["trials"], tuning.folder / "trials.png", machine)
     if rows["final"]:
@@ -928,19 +935,18 @@ def digest(texts: Iterable[str]) -> str:
 
 
 def announce(tuning: Tuning, args: argparse.Namespace, devices: int) -> int:
-    """Say what the run will cost, less what is there already; how many trainings it is at most."""
-    goals = {
-        "search": args.trials - len(study.finished(tuning.search)),
-        "finalists": (args.finalists + 1) * args.finalist_seeds
-        - len(study.finished(tuning.finalists)),
-        "final": 2 * args.repeats - len(study.finished(tuning.final)),
+    """Say what the run will cost, less what is there already; the number of trainings."""
+    finalists = (args.finalists + 1) * args.finalist_seeds
+    goals = {"search": args.trials, "finalists": finalists, "final": 2 * args.repeats}
+    missing = {
+        stage: max(0, goal - len(study.finished(getattr(tuning, stage))))
+        for stage, goal in goals.items()
+        if args.stage in (stage, "all")
     }
-    missing = {name: max(0, goal) for name, goal in goals.items() if args.stage in (name, "all")}
-    total, parts = sum(missing.values()), ", ".join(f"{n} {name}" for name, n in missing.items())
-    minutes = total * args.train_seconds / devices / 60
+    total, parts = sum(missing.values()), ", ".join(f"{n} {stage}" for stage, n in missing.items())
     print(
         f"at most {total} trainings of {args.train_seconds:g} s ({parts}), {devices} at a time: "
-        f"{minutes:.0f} minutes, and the setup of each"
+        f"{total * args.train_seconds / devices / 60:.0f} minutes, and the setup of each"
     )
     return total
 

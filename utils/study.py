@@ -254,9 +254,9 @@ class Crew:
         self.capacity = len(devices) * (1 + ahead)
         self._threads = ThreadPoolExecutor(len(devices))
         self._workers = {device: Worker() for device in devices}
-        self._idle: SimpleQueue[torch.device | None] = SimpleQueue()
-        for device in devices:
-            self._idle.put(device)
+        self._idle: SimpleQueue[tuple[torch.device, Worker] | None] = SimpleQueue()
+        for pair in self._workers.items():
+            self._idle.put(pair)
 
     def submit(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Answer:
         """Call `function(*arguments, device)` in the next idle worker: see `_run`."""
@@ -264,16 +264,17 @@ class Crew:
 
     def _run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Outcome, bool]:
         """The outcome, and whether the worker died of it."""
-        device = self._idle.get()
-        if device is None:
+        while (pair := self._idle.get()) and not pair[1].is_alive():
+            pass  # the main thread has replaced it, or will
+        if pair is None:
             raise KeyboardInterrupt
-        worker = self._workers[device]
+        device, worker = pair
         outcome = attempt(worker.run, function, *arguments, device)
-        died = not worker.is_alive()
-        if not outcome.ok:  # its GPU's context may be broken, or its memory full
+        died = not outcome.ok and not worker.is_alive()
+        if outcome.ok:
+            self._idle.put(pair)
+        else:  # its GPU's context may be broken, or its memory full
             worker.stop()
-        elif not died:
-            self._idle.put(device)
         return outcome, died
 
     def replace_dead(self) -> None:
@@ -281,7 +282,7 @@ class Crew:
         for device, worker in self._workers.items():
             if not worker.is_alive():
                 self._workers[device] = Worker()
-                self._idle.put(device)
+                self._idle.put((device, self._workers[device]))
 
     def __enter__(self) -> "Crew":
         return self
