@@ -454,7 +454,7 @@ def start(storage: str, pause_s: float = 0.2, dead_after_s: float = 0) -> subpro
 
 def wait_for_trials(journal: Path, process: subprocess.Popen[bytes], number: int) -> None:
     """Until so many trials have been completed since the journal's beginning."""
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600  # it hangs, however slow the machine is
     while not (journal.exists() and journal.read_bytes().count(b'"state":1') >= number):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end, "waited in vain"
@@ -486,7 +486,7 @@ def test_killed_processes_cost_nothing(journal: Path, seed: int) -> None:
         worker = last_worker(journal)
         process.kill()
         process.wait()
-        end = time.monotonic() + 60
+        end = time.monotonic() + 600
         while lives(worker):  # it ends with the run
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -500,7 +500,7 @@ def test_a_signal_ends_a_run_soon_and_nothing_runs_on(journal: Path) -> None:
         wait_for_trials(journal, process, 2)
         worker = last_worker(journal)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert b"Traceback" not in errors
     assert not lives(worker)
@@ -556,7 +556,7 @@ def test_three_machines_share_a_database(postgresql: str) -> None:
     time.sleep(8)
     processes[0].kill()
     for process in processes[1:]:
-        _, errors = process.communicate(timeout=180)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     processes[0].communicate()
     with study.opened(postgresql) as storage:
