@@ -179,10 +179,8 @@ def _loader_of(source: ModelSource) -> Callable[[ModelSource], LoadedModel]:
     if name.endswith(WEIGHT_SUFFIXES) and not has_network:
         remedy = f"--model timm/NAME --checkpoint {name.removeprefix('timm/')}"
         raise UserError(f"--model {name} names weights without their network: use {remedy}")
-    if source.checkpoint is not None and not is_timm:
-        raise UserError(f"--checkpoint goes with --model timm/NAME, not with {name}")
-    if source.checkpoint is not None and source.untrained:
-        raise UserError("--checkpoint and --untrained exclude each other")
+    if source.checkpoint is not None and (source.untrained or not is_timm):
+        raise UserError("--checkpoint goes with --model timm/NAME alone, and not with --untrained")
     if is_timm:
         return _load_timm
     if name.endswith(".onnx"):
