@@ -1,5 +1,6 @@
 """Part 1 from its command line: tables, candidates, bad input, interruption."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from torch import nn
 
 import part1_quantize
 from utils import benchmark
-from utils.workers import UnavailableError
+from utils.workers import UnavailableError, Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "vit_digits", "--dataset", "digits", "--batch-sizes", "4", "--rounds", "2"]
@@ -217,8 +218,13 @@ def test_onnx_runtime_quantises_every_product_with_a_weight(small: nn.Module, tm
     assert 0 < error < 0.05
 
 
+needs_openvino = pytest.mark.skipif(
+    importlib.util.find_spec("nncf") is None, reason="openvino and nncf are not installed"
+)
+
+
+@needs_openvino
 def test_openvino_quantises_and_says_what_it_was_calibrated_on(tmp_path: Path):
-    pytest.importorskip("nncf")
     flags = ["--candidates", "openvino-bf16,openvino-int8,openvino-int8-static", "--no-memory"]
     code, table = run_table(tmp_path, *flags)
     assert code == 0
@@ -229,6 +235,18 @@ def test_openvino_quantises_and_says_what_it_was_calibrated_on(tmp_path: Path):
     assert list(table.calibration_images.notna()) == [False, False, False, True]
     assert ((table.logit_cosine.iloc[1:] > 0.99) & (table.logit_cosine.iloc[1:] < 1)).all()
     assert table.quantized_layers.isna().tolist() == [True, True, False, False]
+
+
+def imported_telemetry() -> tuple[list[str], str]:
+    _, nncf = part1_quantize.import_openvino()
+    loaded = [name for name, module in sys.modules.items() if "telemetry" in name and module]
+    return [name for name in loaded if name.startswith("openvino_telemetry")], nncf.__name__
+
+
+@needs_openvino
+def test_openvino_is_imported_without_its_telemetry():
+    with Worker() as worker:
+        assert worker.run(imported_telemetry) == ([], "nncf")
 
 
 @pytest.mark.parametrize("library", ["openvino", "nncf"])
