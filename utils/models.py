@@ -332,14 +332,15 @@ def _load_timm(source: ModelSource) -> LoadedModel:
         remedy = f"--input-size {min(height, width)}" if channels == 3 else "another model"
         raise UserError(f"{source.name} takes {wanted}, images here are RGB and square: {remedy}?")
     own = Preprocessing(width, tuple(config["mean"]), tuple(config["std"]), config["interpolation"])
-    classes, origin = module.pretrained_cfg.get("label_names"), "its configuration's"
+    names, origin = module.pretrained_cfg.get("label_names") or (), "its configuration's"
+    classes = tuple(names) if names and len(names) == module.num_classes else None
     if is_listed and checkpoint is None and module.num_classes == 1000:
         classes, origin = imagenet_classes(), "ImageNet-1k's"
     return LoadedModel(
         source.name,
         module,
         _preprocessing(own, source),
-        classes and tuple(classes),
+        classes,
         not source.untrained,
         {} if checkpoint is None else {checkpoint.name: sha256_of(checkpoint)},
         origin,
@@ -357,24 +358,31 @@ def _create_timm(name: str, pretrained: bool, input_size: int | None, **options:
     return timm.create_model(name, pretrained=pretrained, **options)
 
 
-def _create_with_weights(name: str, path: Path, input_size: int | None) -> Any:
-    """A timm network with a user's weights, matched by the names of the tensors.
+def _read_weights(path: Path) -> dict[str, Any]:
+    """A user's safetensors file or state dict.
 
-    `path` is a safetensors file or a state dict, bare or under `model_ema`, `state_dict` or `model`
-    (the first of these that is there), with or without the prefixes of DataParallel and
-    torch.compile. The classifier has as many outputs as in the file.
+    It may lie under `model_ema`, `state_dict` or `model` (the first of these that is there is
+    taken); the prefixes of DataParallel and torch.compile are taken off.
     """
     import timm
 
     if not path.is_file():
         raise UserError(f"--checkpoint {path} does not exist")
     try:
-        state = timm.models.load_state_dict(str(path), weights_only=True)
+        return timm.models.load_state_dict(str(path), weights_only=True)
     except FOREIGN_ERRORS as error:
         reason = first_line(error).split(". ")[0]  # what follows is timm's advice
         raise UserError(
             f"--checkpoint {path} is damaged, or holds more than weights ({reason})"
         ) from error
+
+
+def _create_with_weights(name: str, path: Path, input_size: int | None) -> Any:
+    """A timm network with a user's weights, matched by the names of the tensors.
+
+    The classifier has as many outputs as in the file.
+    """
+    state = _read_weights(path)
     shapes = {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
     module = _create_timm(name, False, input_size)
     heads = module.pretrained_cfg.get("classifier") or ""
