@@ -859,7 +859,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--finalist-seeds", type=number, default=4, help="trainings of each of them")
     add("--repeats", type=number, default=5, help="final trainings of default and winner, each")
     add("--tolerance", type=seconds, default=5.0, help="percent that the seconds may be off")
-    add("--dataset", default="cifar100", help=f"one of {', '.join(data.DATASETS)}")
+    add("--dataset", default="cifar100", help=data.DATASETS_HELP)
     add("--data-dir", type=Path, help="folder of the data set; data/<dataset> if not given")
     add("--image-size", type=number, default=32, help="of --dataset folder, in pixels")
     add("--train-images", type=number, help="how many to learn from; all if not given")

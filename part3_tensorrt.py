@@ -45,7 +45,7 @@ from utils.tensorrt_runner import EngineError, Runner
 from utils.training import capture, memory_format
 from utils.workers import Outcome, UnavailableError, Worker, attempt, recorded
 
-PART2_MODEL = Path("results/part2/best.safetensors")
+PART2_RESULTS = Path("results/part2")
 EXPORTS = {  # ONNX file: (precision, what is quantised in it); the rest of an 8-bit one is fp16
     "fp32": ("fp32", ()),
     "fp16": ("fp16", ()),
@@ -747,6 +747,15 @@ def part2_network(**architecture: Any) -> nn.Module:
     return SmallCNN(**architecture)
 
 
+def newest_network() -> str:
+    """What Part 2 saved last, of its winner if that is not the default; else the reference ViT."""
+    saved = sorted(PART2_RESULTS.glob("*/*.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not saved:
+        return "vit_tiny_imagenet"
+    best = saved[-1].with_name("best.safetensors")
+    return str(best if best in saved else saved[-1])
+
+
 def dataset_of(name: str) -> str:
     """The data set that a model was trained on: its card's, else Tiny-ImageNet."""
     path = Path(name) if name.endswith(".safetensors") else WEIGHTS_DIR / f"{name}.safetensors"
@@ -780,7 +789,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="replay TensorRT engines as CUDA graphs",
     )
     args = cli.parse_quick(parser, argv, QUICK)
-    args.model = args.model or (str(PART2_MODEL) if PART2_MODEL.is_file() else "vit_tiny_imagenet")
+    args.model = args.model or newest_network()
     args.dataset = args.dataset or dataset_of(args.model)
     return args
 

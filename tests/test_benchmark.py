@@ -76,6 +76,16 @@ def test_share_of_linear_layers_in_networks_of_timm(name: str, share: float):
     assert row["quantized_convolutions"] == 0
 
 
+def test_batch_sizes_keep_to_the_images_that_there_are(capsys: pytest.CaptureFixture[str]):
+    images = data.ImageSet("folder", "test", torch.zeros(12, 3, 1, 1), None, ())
+    assert benchmark.choose_batch_sizes([1, 8, 32, 128], images) == [8, 1]
+    assert "no batches of 128, 32: folder test has 12 images" in capsys.readouterr().out
+    assert benchmark.choose_batch_sizes([12], images) == [12]
+    assert capsys.readouterr().out == ""
+    with pytest.raises(cli.UserError, match="batches of 13: folder test has 12 images"):
+        benchmark.choose_batch_sizes([13, 20], images)
+
+
 def test_share_counts_what_is_held_in_8_bits_and_no_more():
     linear = [Layer((4, 8), False, 100), Layer((4, 8), False, 10), Layer((2, 8), False, 5)]
     cost = Cost(200, 1000, (*linear, Layer((3, 3, 4, 8), True, 500)))

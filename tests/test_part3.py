@@ -4,6 +4,7 @@ import contextlib
 import gc
 import json
 import math
+import os
 import types
 import weakref
 from collections.abc import Callable
@@ -318,7 +319,9 @@ def test_tensorrt_candidate_serves_both_kinds_of_calls(
     expected = small_cnn()(x)
     (job,) = part3.add_engines([make_job(tmp_path, export=half)], layers=False)
     assert job.columns["engine_cached"] is False
-    assert job.columns["engine_build_seconds"] > 0
+    assert job.plan is not None
+    card = json.loads(job.plan.with_suffix(".json").read_text())
+    assert job.columns["engine_build_seconds"] == card["build_seconds"]
     variant = part3.build_tensorrt(nn.Identity(), x, job)
     assert gpu.builds == 1
     allocated = gpu.allocations
@@ -436,18 +439,23 @@ def test_layers_are_summed_up_by_precision():
 
 
 def test_defaults_follow_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    best = tmp_path / "best.safetensors"
-    monkeypatch.setattr(part3, "PART2_MODEL", best)
+    monkeypatch.setattr(part3, "PART2_RESULTS", tmp_path)
     assert part3.parse_args([]).model == "vit_tiny_imagenet"
     assert part3.parse_args([]).dataset == "tiny-imagenet"
     assert part3.parse_args(["--model", "vit_digits"]).dataset == "digits"
     assert part3.parse_args(["--model", "smallcnn_cifar100"]).dataset == "cifar100"
     assert part3.parse_args(["--model", "dinov2_vits14_lc"]).dataset == "tiny-imagenet"
     assert part3.parse_args(["--model", "vit_digits", "--dataset", "folder"]).dataset == "folder"
-    best.touch()
-    best.with_suffix(".json").write_text('{"dataset": "digits"}')
+    for name in ("earlier/best", "later/best", "later/default"):
+        saved = tmp_path / f"{name}.safetensors"
+        saved.parent.mkdir(exist_ok=True)
+        saved.touch()
+        os.utime(saved, (0, len(list(tmp_path.glob("*/*.safetensors")))))
+        saved.with_suffix(".json").write_text('{"dataset": "digits"}')
     args = part3.parse_args([])
-    assert (args.model, args.dataset) == (str(best), "digits")
+    assert (args.model, args.dataset) == (str(tmp_path / "later/best.safetensors"), "digits")
+    (tmp_path / "later/best.safetensors").unlink()
+    assert part3.parse_args([]).model == str(tmp_path / "later/default.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser, output_dir: Path, sizes: list
     add("--input-size", type=cli.positive_int, help="side of the input, pixels; the model's own")
     add("--interpolation", choices=data.INTERPOLATIONS, help="how images are resized; likewise")
     add("--untrained", action="store_true", help="random weights: latency only, no accuracy")
-    add("--dataset", help=f"one of {', '.join(data.DATASETS)}")
+    add("--dataset", help=data.DATASETS_HELP)
     add("--data-dir", type=Path, help="folder of the data set; data/<dataset> if not given")
     add("--num-images", type=cli.positive_int, help="labelled images scored; all if not given")
     add("--candidates", type=cli.name_list, help="comma-separated; all if not given")
@@ -223,13 +223,16 @@ def open_run(
         image_size=model.preprocessing.input_size,
         interpolation=model.preprocessing.interpolation,
     )
-    batch_sizes = sorted(args.batch_sizes, reverse=True)
+    batch_sizes: list[int] = []
     labelled = speed = data.ImageSet(args.dataset, "no", torch.empty(0, 3, 1, 1), None, ())
     class_logits, classes = None, ""
     if images:
         split = data.ACCURACY_SPLIT[args.dataset]
         labelled = load(split=split, num_images=args.num_images, seed=args.seed)
-        speed = load_speed_images(load, args.dataset, batch_sizes[0], args.seed)
+        speed = load(split=data.SPEED_SPLIT[args.dataset])
+        batch_sizes = choose_batch_sizes(args.batch_sizes, speed)
+        batches = min(INPUT_BATCHES, len(speed) // batch_sizes[0])
+        speed = data.take_subset(speed, batches * batch_sizes[0], args.seed)
         class_logits, classes = models.scored_logits(model, labelled)
     run = Run(
         source=source,
@@ -259,18 +262,16 @@ def open_run(
         yield run
 
 
-def load_speed_images(
-    load: Callable[..., data.ImageSet], dataset: str, batch: int, seed: int
-) -> data.ImageSet:
-    """INPUT_BATCHES batches of the largest size, or fewer; every smaller one is cut from them."""
-    images = load(split=data.SPEED_SPLIT[dataset])
-    if batch > len(images):
-        raise cli.UserError(
-            f"batches of {batch}: {dataset} {images.split} has {len(images)} images; "
-            f"use smaller --batch-sizes"
-        )
-    batches = min(INPUT_BATCHES, len(images) // batch)
-    return data.take_subset(images, batches * batch, seed)
+def choose_batch_sizes(wanted: Sequence[int], images: data.ImageSet) -> list[int]:
+    """Those that the images suffice for, the largest first; a note says which are left out."""
+    sizes = sorted(wanted, reverse=True)
+    fitting = [size for size in sizes if size <= len(images)]
+    has = f"{images.dataset} {images.split} has {len(images)} images"
+    if not fitting:
+        raise cli.UserError(f"batches of {sizes[-1]}: {has}; use smaller --batch-sizes")
+    if left_out := [str(size) for size in sizes if size not in fitting]:
+        print(f"note: no batches of {', '.join(left_out)}: {has}")
+    return fitting
 
 
 def load_calibration(run: Run, count: int) -> np.ndarray:
@@ -305,9 +306,10 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
 def introduce(run: Run) -> None:
     """Say what is measured on what, and what this CPU can do at most, which is measured now."""
-    print(f"{run.source.name} on {run.device}: {len(run.labelled)} {run.labelled.split} images")
-    print(models.describe_preprocessing(run.model))
-    print(run.environment["classes"])
+    print(f"{run.source.name} on {run.device}, {models.describe_preprocessing(run.model)}")
+    if not run.batch_sizes:  # nothing is measured
+        return
+    print(f"{len(run.labelled)} {run.labelled.split} images; {run.environment['classes']}")
     load, cores, threads = os.getloadavg()[0], os.cpu_count() or 1, max(run.threads)
     if load + threads > cores + 0.5:
         print(

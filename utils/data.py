@@ -46,6 +46,7 @@ SPEED_SPLIT = {"tiny-imagenet": "test", "cifar100": "test", "digits": "test", "f
 INTERPOLATIONS = ("bicubic", "bilinear")  # PyTorch's names, and Pillow's in lower case
 # Said on the screen, and in the --help of the scripts.
 FOLDER_CROP = "each image is resized by its shorter side and cropped to its central square"
+DATASETS_HELP = f"one of {', '.join(DATASETS)}; of a folder {FOLDER_CROP}"
 # What ends so must be an image; other files are asked for the first bytes of one of these formats.
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tga", ".tif", ".tiff", ".webp"}
 SNIFFED = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "PSD", "QOI", "TIFF", "WEBP")
