@@ -608,10 +608,12 @@ def run_training(
 ) -> tuple[float, dict[str, Any], str]:
     """Train once, then look once at the images that the network is scored on.
 
-    The weights are rounded to fp16 first, so that the accuracy is that of a saved network.
+    Not even that if the seconds are off, as that training does not count. The weights are rounded
+    to fp16 first, so that the accuracy is that of a saved network.
 
     Returns:
-        Top-1 in percent, columns of the training's row, and why it does not count, or nothing.
+        Top-1 in percent, columns of the training's row, and why it does not count, or nothing. If
+        it does not, top-1 is not a number.
 
     Raises:
         FloatingPointError: the loss is not finite.
@@ -624,10 +626,7 @@ def run_training(
     done = train(network, hparams, task, setting.train_seconds, compiled)
     if not math.isfinite(done.loss):
         raise FloatingPointError(f"the loss is {done.loss} after {done.steps} steps")
-    state = models.round_to_half(network)
-    top1, top5 = evaluate(network, scored, task)
-    columns = {
-        "top5_percent" if final else "held_out_top5_percent": top5,
+    columns: dict[str, Any] = {
         "parameters": count_parameters(hparams, len(scored.classes)),
         "steps": done.steps,
         "epochs": round(done.steps * min(1, hparams.batch_size / len(task.images)), 2),
@@ -641,7 +640,10 @@ def run_training(
     }
     if abs(done.train_seconds / setting.train_seconds - 1) > setting.tolerance / 100:
         why = f"{done.train_seconds:.2f} s of training, not {setting.train_seconds:g}"
-        return top1, columns, why
+        return math.nan, columns, why
+    state = models.round_to_half(network)
+    top1, top5 = evaluate(network, scored, task)
+    columns["top5_percent" if final else "held_out_top5_percent"] = top5
     if save_as:
         about = {"hyperparameters": asdict(hparams), "training": {"seed": seed} | columns}
         save_network(save_as, hparams, state, top1, task, scored, about)
@@ -764,7 +766,7 @@ def choose_final(tuning: Tuning) -> dict[str, dict[str, Any]]:
     means = study.summarize(rows, "held_out_top1_percent")
     chosen = {"default": asdict(tuning.default)}
     if means and not study.left(tuning.finalists, None):
-        winner = max(means, key=lambda row: (row["trainings"], row["top1_percent_mean"]))
+        winner = max(means, key=lambda row: row["top1_percent_mean"])
         hparams = {row["configuration"]: json.loads(row["hparams"]) for row in rows}
         if winner["configuration"] != "default":
             chosen["best"] = hparams[winner["configuration"]]
@@ -826,6 +828,8 @@ def write_tables(tuning: Tuning) -> dict[str, list[dict[str, Any]]]:
 def report(tuning: Tuning, machine: str) -> int:
     """Write, draw and print what there is; exit code 1 if a finalist's or a final training failed.
 
+    One that is unavailable, as where memory does not suffice, is only named.
+
     What is not done by this run may have been by another, on this or another machine.
     """
     rows = write_tables(tuning)
@@ -838,7 +842,7 @@ def report(tuning: Tuning, machine: str) -> int:
     bad = [r for r in rows["finalists"] + rows["final"] if r["status"] not in ("ok", "retried")]
     for row in bad:
         print(f"{row['study']}, {row['configuration']}, seed {row['seed']}: {row['reason']}")
-    return int(bool(bad))
+    return int(any(row["status"] == "failed" for row in bad))
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Part 2: the network, the budget of a training, the three stages and the command line."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -506,7 +507,21 @@ def test_a_training_off_its_budget_objects(took_s, objects, tmp_path: Path, monk
     assert columns["train_seconds"] == took_s
     assert why == (f"{took_s:.2f} s of training, not 8" if objects else "")
     assert path.exists() != objects
-    assert 0 <= top1 <= columns["top5_percent"]
+    if objects:
+        assert "top5_percent" not in columns
+    else:
+        assert 0 <= top1 <= columns["top5_percent"]
+
+
+def test_a_training_off_its_budget_never_sees_the_test_images(monkeypatch):
+    def look(*_: Any) -> tuple[float, float]:
+        raise AssertionError("looked at")
+
+    monkeypatch.setattr(part2, "train", lambda *_: part2.Training(9, 1.5, 16.0, 0.1))
+    monkeypatch.setattr(part2, "evaluate", look)
+    top1, _, why = part2.run_training(SETTING, SMALL, 0, True, False, None, CPU)
+    assert math.isnan(top1)
+    assert why == "16.00 s of training, not 8"
 
 
 def test_a_loss_that_is_not_finite_is_a_failure(monkeypatch):
@@ -698,6 +713,49 @@ def test_a_failed_final_training_is_a_row_and_exit_code_1(tune, tmp_path: Path, 
     assert final.status.tolist() == ["ok", "failed"]
     assert final.reason[1] == "ValueError: no such thing"
     assert "default, seed 1: ValueError: no such thing" in capsys.readouterr().out
+
+
+def test_the_same_command_again_repairs_what_failed(tune, tmp_path: Path):
+    broken = True
+
+    def troubled(hparams: part2.HParams, seed: int, final: bool) -> float:
+        if final and seed == 1 and broken:
+            raise ValueError("no such thing")
+        return 50.0
+
+    assert tune(Trainings(troubled), "--stage", "final") == 1
+    broken = False
+    again = Trainings(troubled)
+    assert tune(again, "--stage", "final") == 0
+    assert [seed for _, seed, _ in again.asked] == [1]
+    final = read(tmp_path, "final")
+    assert final.status.tolist() == ["ok", "retried", "ok"]
+    assert read(tmp_path, "summary").trainings.tolist() == [2]
+
+
+def test_what_a_machine_cannot_do_is_no_failure(tune, tmp_path: Path, capsys):
+    def large(hparams: part2.HParams, seed: int, final: bool) -> float:
+        if final and seed == 1:
+            raise MemoryError("no room")
+        return 50.0
+
+    assert tune(Trainings(large), "--stage", "final") == 0
+    assert read(tmp_path, "final").status.tolist() == ["ok", "unavailable"]
+    assert "default, seed 1: no room" in capsys.readouterr().out
+
+
+def test_a_finalist_with_a_missing_seed_can_win(tune, tmp_path: Path):
+    def value(hparams: part2.HParams, seed: int, final: bool) -> float:
+        if hparams.cutmix == 0.5:  # the default
+            return 40.0
+        if seed > part2.FINALIST_SEEDS:
+            raise MemoryError("no room")
+        return 50 + hparams.cutmix
+
+    assert tune(Trainings(value)) == 0
+    finalists = read(tmp_path, "finalists")
+    assert finalists.status.tolist() == ["ok"] * 4 + ["unavailable"] * 2
+    assert sorted(set(read(tmp_path, "final").configuration)) == ["best", "default"]
 
 
 def test_the_best_of_another_study_or_a_table_come_first(tune, tmp_path: Path):

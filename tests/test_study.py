@@ -258,6 +258,27 @@ def test_only_what_is_missing_is_queued_seeds_outside(journal: Path) -> None:
     assert asked == [("default", 1), ("default", 0), ("best", 0), ("best", 1)]
 
 
+def test_what_failed_in_the_end_or_is_lost_is_queued_again_once(journal: Path) -> None:
+    with study.opened(str(journal)) as storage:
+        found = study.open_study(storage, "final", SETTING)
+        study.queue(found, {"default": DEFAULT}, [0, 1, 2])
+        for state, value in ((FAIL, None), (COMPLETE, 1.0), (COMPLETE, 1.0)):
+            found.tell(found.ask(), value, state)
+        for _ in range(2):
+            study.queue(found, {"default": DEFAULT}, [0, 1, 2], lost=[("default", 1)])
+        again = [(t.user_attrs["seed"], t.user_attrs["retry_of"]) for t in found.trials[3:]]
+        assert again == [(0, 0), (1, 1)]
+        assert [trial.number for trial in study.finished(found)] == [2]
+
+
+def test_a_trial_that_has_ended_is_not_tried_again(journal: Path) -> None:
+    with study.opened(str(journal)) as storage:
+        found = study.open_study(storage, "search", SETTING)
+        found.tell(found.ask(SPACE), 1.0)
+        study.try_again(found, 0, counted=False)
+        assert [trial.state for trial in found.trials] == [COMPLETE]
+
+
 @pytest.mark.usefixtures("inline")
 def test_an_empty_queue_that_another_machine_emptied_is_no_error(journal: Path) -> None:
     with study.opened(str(journal)) as storage, study.Crew([CPU], 1) as crew:
@@ -266,7 +287,7 @@ def test_an_empty_queue_that_another_machine_emptied_is_no_error(journal: Path) 
         job = functools.partial(queued_job, train)
         study.work_off(found, crew, {}, job, lambda: None)
         assert [trial.state for trial in found.trials] == [FAIL]
-        assert study.rows_of(found, "top1") == []
+        assert study.finished(found) == study.rows_of(found, "top1") == []
 
 
 @pytest.mark.usefixtures("inline")

@@ -172,10 +172,16 @@ def in_state(study: optuna.Study, state: TrialState) -> list[FrozenTrial]:
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that are complete, or have failed and were not queued again."""
+    """Trainings that are complete, or have failed, and were not queued again."""
     trials = study.get_trials(deepcopy=False)
     retried = {trial.user_attrs.get("retry_of") for trial in trials}
-    return [t for t in trials if t.state.is_finished() and t.number not in retried]
+    return [
+        trial
+        for trial in trials
+        # Without hyperparameters it was asked for and had nothing to do.
+        if trial.state.is_finished() and "hparams" in trial.user_attrs
+        if trial.number not in retried
+    ]
 
 
 def left(study: optuna.Study, total: int | None) -> int:
@@ -191,24 +197,56 @@ def best_trials(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(complete, key=lambda trial: trial.value or 0.0, reverse=True)
 
 
-def queue(study: optuna.Study, configurations: Mapping[str, Row], seeds: Iterable[int]) -> None:
-    """Queue a training of each configuration with each seed, as far as it is not there yet.
+def missing(
+    study: optuna.Study,
+    configurations: Mapping[str, Row],
+    seeds: Iterable[int],
+    lost: Collection[tuple[str, int]] = (),
+) -> list[Row]:
+    """User attributes of the trainings that `queue` would queue.
 
-    The seeds outside: an interrupted comparison is still a fair one.
+    Those of each configuration with each seed that are not there yet, or have failed in the end, or
+    are complete but `lost` (pairs of configuration and seed). The seeds outside: an interrupted
+    comparison is still a fair one.
     """
-    trials = study.get_trials(deepcopy=False)
-    known = [(trial.user_attrs.get("hparams"), trial.user_attrs.get("seed")) for trial in trials]
+    last: dict[str, FrozenTrial] = {}  # its retries have higher numbers
+    for trial in study.get_trials(deepcopy=False):
+        last[_training(trial.user_attrs.get("hparams"), trial.user_attrs.get("seed"))] = trial
+    found = []
     for seed in seeds:
         for name, hparams in configurations.items():
-            if (hparams, seed) not in known:
-                asked = {"configuration": name, "hparams": hparams, "seed": seed}
-                study.enqueue_trial({}, user_attrs=asked)
+            asked: Row = {"configuration": name, "hparams": hparams, "seed": seed}
+            trial = last.get(_training(hparams, seed))
+            if not trial:
+                found.append(asked)
+            elif trial.state == TrialState.FAIL or (
+                trial.state == TrialState.COMPLETE and (name, seed) in lost
+            ):
+                found.append(asked | {"retry_of": trial.number})
+    return found
+
+
+def _training(hparams: Row | None, seed: int | None) -> str:
+    return json.dumps([hparams, seed], sort_keys=True)
+
+
+def queue(
+    study: optuna.Study,
+    configurations: Mapping[str, Row],
+    seeds: Iterable[int],
+    lost: Collection[tuple[str, int]] = (),
+) -> None:
+    """Queue a training of each configuration with each seed, as far as it is `missing`."""
+    for asked in missing(study, configurations, seeds, lost):
+        study.enqueue_trial({}, user_attrs=asked)
 
 
 def try_again(study: optuna.Study, number: int, counted: bool = True) -> None:
     """Fail a running trial and, unless it has had its TRIES, queue what it was to do."""
     trials = study.get_trials(deepcopy=False)
     trial = trials[number]
+    if trial.state.is_finished():  # a Ctrl-C came just after its end
+        return
     tries = trial.user_attrs.get("tries", 1) + counted
     queued = any(other.user_attrs.get("retry_of") == number for other in trials)
     if tries <= TRIES and not queued:  # before it fails: a kill in between must not lose it
