@@ -37,10 +37,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import benchmark, data, evaluation, onnx_tools, tensorrt_runner, timing
+from utils import benchmark, data, evaluation, onnx_tools, results, tensorrt_runner, timing
 from utils.benchmark import Build, Check, Job, Predict, Run, Variant
 from utils.models import WEIGHTS_DIR, load_model, run_name
-from utils.results import replace_file
 from utils.tensorrt_runner import EngineError, Runner
 from utils.training import capture, memory_format
 from utils.workers import Outcome, UnavailableError, Worker, attempt, recorded
@@ -442,13 +441,11 @@ def check_export(
     if precision == "bf16":
         return row | {"reason": "compared as an engine only: ONNX Runtime has no bf16 on a CPU"}
     call = onnx_tools.onnx_session(path, threads, optimize=False)
-    images = torch.from_numpy(reference.images).tensor_split([len(reference.images) // 4])
-    logits = [
-        evaluation.predict(call, part, how, batch_size)
-        for part, batch_size in zip(images, CHECKED_BATCHES, strict=True)
-        if len(part)
-    ]
-    row["checked_batch_sizes"] = " ".join(map(str, CHECKED_BATCHES))
+    first = max(1, len(reference.images) // 4)
+    parts = torch.from_numpy(reference.images).tensor_split([first])
+    checked = [(part, size) for part, size in zip(parts, CHECKED_BATCHES, strict=True) if len(part)]
+    logits = [evaluation.predict(call, part, how, batch_size) for part, batch_size in checked]
+    row["checked_batch_sizes"] = " ".join(str(batch_size) for _, batch_size in checked)
     return row | compare_logits(torch.cat(logits), reference)
 
 
@@ -521,7 +518,9 @@ def export_all(
         rows[name] = row
         found = f"{row['parity_cosine']:.5f}" if "parity_cosine" in row else ""
         print(f"  {name:20}{found} {row.get('reason', '')}", flush=True)
-        run.write_table("exports.csv", list(rows.values()), EXPORT_COLUMNS)
+        # Not by `write_table`: what was measured earlier is only replaced by what is measured now.
+        results.write_csv(run.folder / "exports.csv", list(rows.values()), EXPORT_COLUMNS)
+    results.write_json(run.folder / "exports_environment.json", run.environment)
     return rows
 
 
@@ -582,8 +581,8 @@ def keep_engine(job: EngineJob, identity: dict[str, Any]) -> dict[str, Any]:
         "build_seconds": seconds,
         "trtexec": [trtexec_line(path, onnx, batch) for batch in job.engine_batch_sizes],
     }
-    replace_file(path, plan)
-    replace_file(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+    results.replace_file(path, plan)
+    results.replace_file(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
     return {"engine_file": str(path), "engine_build_seconds": seconds, "engine_cached": False}
 
 
@@ -615,7 +614,7 @@ def build_plan(job: EngineJob, onnx: Path, timing_cache: Path) -> bytes:
     if plan is None:
         raise tensorrt_runner.refusal(f"TensorRT cannot build {onnx.name}")
     tensorrt_runner.take_errors()  # of kernels that it tried and left out
-    replace_file(timing_cache, bytes(cache.serialize()))
+    results.replace_file(timing_cache, bytes(cache.serialize()))
     return bytes(plan)
 
 
@@ -687,7 +686,7 @@ def describe_layers(job: EngineJob) -> dict[str, Any]:
         with Runner(plan, max(job.engine_batch_sizes), cuda_graph=False) as runner:
             layers = runner.layers()
     path = job.engine_dir / f"{Path(job.export['file']).stem}-{job.precision}-layers.json"
-    replace_file(path, json.dumps(layers, indent=1).encode())
+    results.replace_file(path, json.dumps(layers, indent=1).encode())
     return summarise_layers(layers)
 
 
@@ -805,6 +804,8 @@ def choose_candidates(wanted: Sequence[str] | None, device: str, own: bool) -> l
     """The candidates of this run with their baselines; a CPU run lists those it lacks a GPU for."""
     for name in wanted or ():
         cli.check_name(name, CANDIDATES, "candidate")
+        if CANDIDATES[name].export == "own" and not own:
+            raise cli.UserError(f"--candidates {name}: it runs the file that --onnx names")
     everything = [name for name, c in CANDIDATES.items() if device in ("cpu", c.device)]
     chosen = {next(name for name, c in CANDIDATES.items() if c.device == device)}
     chosen |= set(wanted or everything)

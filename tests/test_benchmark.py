@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils import benchmark, cli, data
+from utils import benchmark, cli, data, results
 from utils.benchmark import Cost, Layer, count_cost, quantized_share
 from utils.models import LoadedModel, ModelSource
 
@@ -155,9 +155,11 @@ def test_the_first_table_takes_the_place_of_an_earlier_run(tmp_path: Path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("old")
     run = make_run(tmp_path)
+    results.write_csv(tmp_path / "exports.csv", [{"a": 0}], ["a"])
+    assert (tmp_path / "old.csv").exists()  # what was measured stays until something is measured
     run.write_table("first.csv", [{"a": 1}], ["a"])
     run.write_table("second.csv", [{"a": 2}], ["a"])
-    names = ["engines", "environment.json", "first.csv", "kept.onnx", "second.csv"]
+    names = ["engines", "environment.json", "exports.csv", "first.csv", "kept.onnx", "second.csv"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert (tmp_path / "environment.json").read_text() == "{}\n"
     assert (tmp_path / "engines/kept.csv").read_text() == "old"

@@ -470,6 +470,7 @@ def test_defaults_follow_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--engine-dir", __file__], f"cannot write to --engine-dir {__file__}"),
         (["--output-dir", __file__], "cannot write to --output-dir"),
         (["--onnx", "missing.onnx"], "--onnx missing.onnx: "),
+        (["--candidates", "onnxruntime-cpu-own"], "it runs the file that --onnx names"),
         (["--onnx", __file__], f"--onnx {__file__}: "),
     ],
 )

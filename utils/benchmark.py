@@ -172,11 +172,11 @@ class Run:
     def write_table(self, name: str, rows: Iterable[Row], columns: Sequence[str]) -> Path:
         """Write a CSV into the folder, the run's first in place of all files of an earlier run.
 
-        Files in sub-folders stay.
+        Files in sub-folders stay, and what this run has written by other means.
         """
         if not self.started:
             for pattern in ("*.csv", "*.json", "*.png", "*.txt"):
-                for old in self.folder.glob(pattern):
+                for old in set(self.folder.glob(pattern)).difference(results.written):
                     old.unlink()
             results.write_json(self.folder / "environment.json", self.environment)
             self.started = True

@@ -349,7 +349,8 @@ class Runner:
             return
         with contextlib.suppress(self._cuda.Error):  # it would hide the error that closes this
             self._stream.synchronize()
-        self._cleanup.close()
+        with contextlib.suppress(self._cuda.Error):
+            self._cleanup.close()
         self._launch = self._context = None
         self._engine = self._stream = None
 

@@ -104,7 +104,9 @@ class Worker:
     def stop(self) -> None:
         """End the process at once, even in the middle of a compilation."""
         self._process.terminate()
-        self._wait()
+        if self._wait(SECONDS_TO_END) is None:  # it hangs in a driver
+            self._process.kill()
+            self._wait()
 
     def _wait(self, seconds: float | None = None) -> int | None:
         """The exit code; None if the process still runs after so many seconds."""
