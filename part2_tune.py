@@ -95,6 +95,7 @@ WEIGHT_DECAY = 5e-4  # of SGD; Muon needs none
 WARMUP = 0.2  # share of the steps
 
 Space = Mapping[str, Any]  # hyperparameter -> distribution
+Configurations = dict[str, dict[str, Any]]  # name -> hyperparameters
 
 
 def search_space(num_images: int) -> Space:
@@ -542,12 +543,13 @@ def augment(
 @torch.no_grad()
 def evaluate(network: nn.Module, images: data.ImageSet, task: Task) -> tuple[float, float]:
     """Top-1 and top-5 in percent, single view, in fp32."""
-    how, layout = data.Preprocessing(task.size, task.mean, task.std), memory_format(task.device)
+    preprocessing = data.Preprocessing(task.size, task.mean, task.std)
+    layout = memory_format(task.device)
     network.eval()
     logits = evaluation.predict(
         lambda x: network(x.to(memory_format=layout)),
         images.images,
-        how,
+        preprocessing,
         min(1000, len(images)),
         task.device,
     )
@@ -661,8 +663,8 @@ def save_network(
 ) -> None:
     """Write the weights and a card that says how they came about."""
     architecture = architecture_of(hparams, len(scored.classes))
-    how = data.Preprocessing(task.size, task.mean, task.std)
-    checkpoint = models.Checkpoint(state, architecture, how, top1_percent)
+    preprocessing = data.Preprocessing(task.size, task.mean, task.std)
+    checkpoint = models.Checkpoint(state, architecture, preprocessing, top1_percent)
     network = SmallCNN(**architecture)
     models.write_checkpoint(path, checkpoint, network, scored, about, task.device)
 
@@ -696,7 +698,7 @@ class Tuning:
     """What the stages share."""
 
     setting: Setting
-    crew: study.Crew
+    pool: study.WorkerPool
     folder: Path
     default: HParams
     space: Space
@@ -737,35 +739,84 @@ def run_finalists(tuning: Tuning, number: int, seeds: int) -> None:
 
     The best of many trials owes something to luck: the value that chose it does not count again.
     """
+    study.queue(tuning.finalists, *choose_finalists(tuning, number, seeds))
+    work_off(tuning, tuning.finalists, functools.partial(queued_job, False))
+
+
+def choose_finalists(tuning: Tuning, number: int, seeds: int) -> tuple[Configurations, range]:
+    """The default and the best configurations of the search, or none without those; the seeds."""
     configurations = {"default": asdict(tuning.default)}
     for trial in study.best_trials(tuning.search):
         hparams = trial.user_attrs["hparams"]
         if len(configurations) <= number and hparams not in configurations.values():
             configurations[trial.user_attrs["configuration"]] = hparams
     first = FINALIST_SEEDS + tuning.setting.seed
-    if len(configurations) > 1:
-        study.queue(tuning.finalists, configurations, range(first, first + seeds))
-    work_off(tuning, tuning.finalists, functools.partial(queued_job, False))
+    return configurations if len(configurations) > 1 else {}, range(first, first + seeds)
 
 
 def run_final(tuning: Tuning, repeats: int) -> None:
-    """Train default and winner on all training images, then look at the test images."""
-    chosen, first = choose_final(tuning), tuning.setting.seed
+    """Train default and winner on all training images, then look at the test images.
+
+    Raises:
+        UserError: finalists are still to train, perhaps on another machine.
+    """
+    if not study.is_done(tuning.finalists):
+        raise cli.UserError(
+            f"the finalists of {tuning.folder.name} are not all trained: wait for the machines "
+            "that train them, or go on with --stage all"
+        )
+    chosen = choose_final(tuning)
+    remove_others(tuning, chosen)
     if "best" in chosen:
         ends = near_ends(HParams(**chosen["best"]), tuning.space)
         print(f"the winner's near an end of their range: {', '.join(ends) or 'none'}")
     else:
         print("no finalist is better than the default: it is trained alone")
-    study.queue(tuning.final, chosen, range(first, first + repeats))
+    study.queue(tuning.final, *final_trainings(tuning, chosen, repeats))
     work_off(tuning, tuning.final, functools.partial(queued_job, True))
 
 
-def choose_final(tuning: Tuning) -> dict[str, dict[str, Any]]:
+def remove_others(tuning: Tuning, chosen: Configurations) -> None:
+    """Remove the networks of an earlier winner: Part 3 takes what it finds."""
+    for name in ("default", "best"):
+        path = network_path(tuning, name)
+        if path.exists() and (name not in chosen or saved_hparams(path) != chosen[name]):
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+
+
+def final_trainings(
+    tuning: Tuning, chosen: Configurations, repeats: int
+) -> tuple[Configurations, range, list[tuple[str, int]]]:
+    """Configurations, seeds, and those of them whose network is lost: see `study.missing`."""
+    first = tuning.setting.seed
+    lost = [
+        (name, first)
+        for name, hparams in chosen.items()
+        if saved_hparams(network_path(tuning, name)) != hparams
+    ]
+    # A network that is not here may be on the machine that trained it.
+    return chosen, range(first, first + repeats), [] if tuning.dead_after_s else lost
+
+
+def network_path(tuning: Tuning, configuration: str) -> Path:
+    return tuning.folder / f"{configuration}.safetensors"
+
+
+def saved_hparams(path: Path) -> dict[str, Any] | None:
+    """The hyperparameters of a saved network, by its card; None without one."""
+    if path.exists():
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            return dict(json.loads(path.with_suffix(".json").read_text())["hyperparameters"])
+    return None
+
+
+def choose_final(tuning: Tuning) -> Configurations:
     """The default and, if another finalist has a higher mean, that as `best`."""
     rows = study.rows_of(tuning.finalists, "held_out_top1_percent")
     means = study.summarize(rows, "held_out_top1_percent")
     chosen = {"default": asdict(tuning.default)}
-    if means and not study.left(tuning.finalists, None):
+    if means and study.is_done(tuning.finalists):
         winner = max(means, key=lambda row: row["top1_percent_mean"])
         hparams = {row["configuration"]: json.loads(row["hparams"]) for row in rows}
         if winner["configuration"] != "default":
@@ -780,7 +831,7 @@ def queued_job(final: bool, tuning: Tuning, trial: optuna.Trial) -> study.Job | 
         return None
     # The first seed's, whatever its accuracy: the best of several would flatter.
     keep = final and asked["seed"] == setting.seed
-    save_as = tuning.folder / f"{asked['configuration']}.safetensors" if keep else None
+    save_as = network_path(tuning, asked["configuration"]) if keep else None
     hparams = HParams(**asked["hparams"])
     return run_training, (setting, hparams, asked["seed"], final, tuning.compiled, save_as)
 
@@ -794,7 +845,7 @@ def work_off(
     """See `study.work_off`; the tables are written after every training."""
     job, changed = functools.partial(job_of, tuning), functools.partial(write_tables, tuning)
     space = {} if total is None else tuning.space
-    study.work_off(part, tuning.crew, space, job, changed, total, tuning.dead_after_s)
+    study.work_off(part, tuning.pool, space, job, changed, total, tuning.dead_after_s)
 
 
 def tables_of(tuning: Tuning) -> dict[str, tuple[list[dict[str, Any]], list[str]]]:
@@ -858,7 +909,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--train-seconds", type=seconds, help="of each training; 60 on a GPU, 120 on a CPU")
     add("--trials", type=number, help="of the search, all its runs; 48 on a GPU, 16 on a CPU")
     add("--sampler", choices=study.SAMPLERS, default="gp", help="how configurations are chosen")
-    add("--start", help="study of the same storage, or CSV with hparams: try its best 8 first")
+    add("--start", help="a study of the storage (its best 8) or a CSV with hparams (its first 8)")
     add("--finalists", type=number, default=3, help="best trials that are compared once more")
     add("--finalist-seeds", type=number, default=4, help="trainings of each of them")
     add("--repeats", type=number, default=5, help="final trainings of default and winner, each")
@@ -908,7 +959,7 @@ def open_tuning(
     setting: Setting,
     images: data.ImageSet,
     storage: optuna.storages.BaseStorage,
-    crew: study.Crew,
+    pool: study.WorkerPool,
 ) -> Tuning:
     """Open or create the three studies; UserError if they were made with another setting."""
     space, name = search_space(len(images)), args.study_name
@@ -917,10 +968,12 @@ def open_tuning(
     about = {key: getattr(setting, key) for key in kept} | {"images": list(images.images.shape)}
     about |= {"classes": digest(images.classes), "search_space": digest(map(str, space.items()))}
     compiled = {"compiled": args.compile and args.device.type == "cuda"}
-    dead_after_s = 4 * max(60.0, setting.train_seconds)  # the setup of a short one takes longer
+    # Setup and evaluation may take minutes, and a trial that is queued ahead waits for another; and
+    # twice that, as to wait costs less than to train what is not lost.
+    dead_after_s = 4 * (setting.train_seconds + 300)
     return Tuning(
         setting=setting,
-        crew=crew,
+        pool=pool,
         folder=cli.make_output_dir(args.output_dir / name),
         default=repair(default, len(images.classes), setting.max_params),
         space=space,
@@ -938,16 +991,28 @@ def digest(texts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
+def trainings_to_do(tuning: Tuning, args: argparse.Namespace) -> dict[str, int]:
+    """At most so many trainings of each stage; all of a stage whose configurations may change."""
+    costs: dict[str, int] = {}
+    if args.stage in ("search", "all"):
+        costs["search"] = max(0, args.trials - len(study.finished(tuning.search)))
+    if args.stage in ("finalists", "all"):
+        costs["finalists"] = (args.finalists + 1) * args.finalist_seeds
+        if not costs.get("search"):
+            asked = choose_finalists(tuning, args.finalists, args.finalist_seeds)
+            costs["finalists"] = study.to_do(tuning.finalists, *asked)
+    if args.stage in ("final", "all"):
+        costs["final"] = 2 * args.repeats
+        if not any(costs[stage] for stage in costs if stage != "final"):
+            asked_last = final_trainings(tuning, choose_final(tuning), args.repeats)
+            costs["final"] = study.to_do(tuning.final, *asked_last)
+    return costs
+
+
 def announce(tuning: Tuning, args: argparse.Namespace, devices: int) -> int:
     """Say what the run will cost, less what is there already; the number of trainings."""
-    finalists = (args.finalists + 1) * args.finalist_seeds
-    goals = {"search": args.trials, "finalists": finalists, "final": 2 * args.repeats}
-    missing = {
-        stage: max(0, goal - len(study.finished(getattr(tuning, stage))))
-        for stage, goal in goals.items()
-        if args.stage in (stage, "all")
-    }
-    total, parts = sum(missing.values()), ", ".join(f"{n} {stage}" for stage, n in missing.items())
+    costs = trainings_to_do(tuning, args)
+    total, parts = sum(costs.values()), ", ".join(f"{n} {stage}" for stage, n in costs.items())
     print(
         f"at most {total} trainings of {args.train_seconds:g} s ({parts}), {devices} at a time: "
         f"{total * args.train_seconds / devices / 60:.0f} minutes, and the setup of each"
@@ -972,8 +1037,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpus = torch.cuda.device_count() if args.device.type == "cuda" else 0
     devices = [torch.device("cuda", i) for i in range(gpus)] or [args.device]
     # On a CPU a sampler at work would take the time of a training.
-    with study.opened(args.storage) as storage, study.Crew(devices, ahead=bool(gpus)) as crew:
-        tuning = open_tuning(args, setting, images, storage, crew)
+    with study.opened(args.storage) as storage, study.WorkerPool(devices, ahead=bool(gpus)) as pool:
+        tuning = open_tuning(args, setting, images, storage, pool)
         start = read_start(args.start, storage, tuning.space) if args.start else []
         if not study.is_shared(args.storage):
             results.written.append(Path(args.storage))  # for the line after a Ctrl-C

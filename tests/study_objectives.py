@@ -75,7 +75,10 @@ def run_all(
     storage: str, function: Callable[..., Answer] = train, dead_after_s: float = 0.0
 ) -> dict[str, list[FrozenTrial]]:
     """Search, two finalists beside the default, and a final stage; the trials of each."""
-    with study.opened(storage) as opened, study.Crew([torch.device("cpu")], 1) as crew:
+    with (
+        study.opened(storage) as opened,
+        study.WorkerPool([torch.device("cpu")], ahead=True) as pool,
+    ):
         studies = {name: study.open_study(opened, name, SETTING) for name in TOTALS}
         search, finalists, final = studies.values()
         begun = search.get_trials(deepcopy=False)
@@ -83,7 +86,7 @@ def run_all(
         if not any(trial.system_attrs.get("fixed_params") == DEFAULT for trial in begun):
             search.enqueue_trial(DEFAULT)
         go = functools.partial(
-            study.work_off, crew=crew, changed=lambda: None, dead_after_s=dead_after_s
+            study.work_off, pool=pool, changed=lambda: None, dead_after_s=dead_after_s
         )
         ask = functools.partial(search_job, function)
         go(search, space=SPACE, job_of=ask, total=TOTALS["search"])

@@ -239,9 +239,9 @@ def test_augment_without_mixing_is_a_crop_of_the_image():
     padded = training.pad_for_crops(task.images.images, 0)
     unflipped, hparams = torch.zeros(20, dtype=torch.bool), replace(SMALL, cutmix=0.0)
     x, targets = part2.augment(padded, torch.arange(5), unflipped, task, hparams)
-    how = Preprocessing(task.size, task.mean, task.std)
+    preprocessing = Preprocessing(task.size, task.mean, task.std)
     x = training.normalize(x, *task.statistics)
-    torch.testing.assert_close(x, preprocess(task.images.images[:5], how))
+    torch.testing.assert_close(x, preprocess(task.images.images[:5], preprocessing))
     assert targets.argmax(1).equal(data.labels_of(task.images)[:5])
 
 
@@ -580,6 +580,8 @@ class Trainings:
         self.asked.append((hparams, seed, final))
         if save_as:
             save_as.write_text(json.dumps(asdict(hparams)))
+            card = {"hyperparameters": asdict(hparams)}
+            save_as.with_suffix(".json").write_text(json.dumps(card))
         columns = {"parameters": 7, "steps": 3, "train_seconds": 0.2}
         return self.value(hparams, seed, final), columns, ""
 
@@ -687,6 +689,63 @@ def test_more_trials_continue_the_study_and_its_comparison(tune, tmp_path: Path)
     finalists = read(tmp_path, "finalists")
     means = finalists.groupby("hparams").held_out_top1_percent.mean()
     assert means.idxmax() == best
+
+
+def test_the_network_of_an_earlier_winner_is_removed_or_replaced(tune, tmp_path: Path):
+    def value(hparams: part2.HParams, seed: int, final: bool) -> float:
+        mean = of_default if hparams.cutmix == 0.5 else 50 + scale * hparams.cutmix
+        return mean + seed % 7 / 100
+
+    saved = tmp_path / "tiny" / "best.safetensors"
+    scale, of_default = 1, 40  # the highest CutMix wins
+    assert tune(Trainings(value)) == 0
+    first = saved.read_text()
+    of_default = 1_000  # with another seed, the default
+    assert tune(Trainings(value), "--finalist-seeds", "3", "--stage", "finalists") == 0
+    assert saved.exists()
+    assert tune(Trainings(value), "--stage", "final") == 0
+    assert not saved.exists()
+    assert not saved.with_suffix(".json").exists()
+    scale = 100_000
+    back = Trainings(value)
+    assert tune(back, "--finalist-seeds", "4") == 0
+    assert saved.read_text() == first
+    # Only the first seed, as its network was lost; its accuracy counts once.
+    assert [(asdict(h), seed) for h, seed, final in back.asked if final] == [(json.loads(first), 0)]
+    final = read(tmp_path, "final")
+    assert final[final.configuration == "best"].status.tolist() == ["retried", "ok", "ok"]
+
+
+def test_a_network_that_was_deleted_is_trained_again(tune, tmp_path: Path, capsys):
+    """And announced."""
+    assert tune(Trainings(by_luck)) == 0
+    (tmp_path / "tiny" / "best.safetensors").unlink()
+    capsys.readouterr()
+    again = Trainings(by_luck)
+    assert tune(again) == 0
+    assert "at most 1 trainings" in capsys.readouterr().out
+    assert [(seed, final) for _, seed, final in again.asked] == [(0, True)]
+
+
+def test_no_winner_is_chosen_before_all_finalists_are_trained(tune, capsys):
+    trainings = Trainings(by_luck)
+    trainings.stop_after = 5  # in the finalists
+    assert tune(trainings) == 130
+    capsys.readouterr()
+    assert tune(Trainings(by_luck), "--stage", "final") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the finalists of tiny are not all trained")
+
+
+def test_the_announced_trainings_are_never_too_few(tune, capsys):
+    def announced() -> int:
+        return int(capsys.readouterr().out.partition("at most ")[2].split()[0])
+
+    for flags in ([], ["--trials", "9"], ["--stage", "finalists"], ["--repeats", "3"], []):
+        trainings = Trainings(by_luck)
+        assert tune(trainings, "--trials", "9" if flags else "3", *flags) == 0
+        assert len(trainings.asked) <= announced()
+    assert trainings.asked == []
 
 
 def test_a_study_of_another_budget_or_device_is_refused_in_one_line(tune, monkeypatch, capsys):

@@ -61,11 +61,11 @@ def search(
     journal: Path, function: Callable[..., Any], total: int = 4, changed: Any = lambda: None
 ) -> optuna.Study:
     """A random search; its study can be read, not written, when this returns."""
-    with study.opened(str(journal)) as storage, study.Crew([CPU], 1) as crew:
+    with study.opened(str(journal)) as storage, study.WorkerPool([CPU], ahead=True) as pool:
         found = study.open_study(storage, "search", SETTING)
         found.sampler = study.make_sampler("random", 0, len(found.trials), shared=False)
         job = functools.partial(search_job, function)
-        study.work_off(found, crew, SPACE, job, changed, total)
+        study.work_off(found, pool, SPACE, job, changed, total)
         return found
 
 
@@ -242,9 +242,9 @@ def test_the_next_trial_is_asked_for_while_one_trains(journal: Path) -> None:
             two.set()
         return search_job(patient, trial)
 
-    with study.opened(str(journal)) as storage, study.Crew([CPU], ahead=1) as crew:
+    with study.opened(str(journal)) as storage, study.WorkerPool([CPU], ahead=True) as pool:
         found = study.open_study(storage, "search", SETTING)
-        study.work_off(found, crew, SPACE, job_of, lambda: None, 3)
+        study.work_off(found, pool, SPACE, job_of, lambda: None, 3)
     assert [trial.state for trial in found.trials] == [COMPLETE] * 3
 
 
@@ -271,6 +271,18 @@ def test_what_failed_in_the_end_or_is_lost_is_queued_again_once(journal: Path) -
         assert [trial.number for trial in study.finished(found)] == [2]
 
 
+def test_a_study_is_done_when_nothing_waits_or_runs(journal: Path) -> None:
+    with study.opened(str(journal)) as storage:
+        found = study.open_study(storage, "finalists", SETTING)
+        assert study.is_done(found)
+        found.enqueue_trial(DEFAULT)
+        assert not study.is_done(found)
+        trial = found.ask()
+        assert not study.is_done(found)
+        found.tell(trial, 1.0)
+        assert study.is_done(found)
+
+
 def test_a_trial_that_has_ended_is_not_tried_again(journal: Path) -> None:
     with study.opened(str(journal)) as storage:
         found = study.open_study(storage, "search", SETTING)
@@ -281,11 +293,11 @@ def test_a_trial_that_has_ended_is_not_tried_again(journal: Path) -> None:
 
 @pytest.mark.usefixtures("inline")
 def test_an_empty_queue_that_another_machine_emptied_is_no_error(journal: Path) -> None:
-    with study.opened(str(journal)) as storage, study.Crew([CPU], 1) as crew:
+    with study.opened(str(journal)) as storage, study.WorkerPool([CPU], ahead=True) as pool:
         found = study.open_study(storage, "final", SETTING)
         found.enqueue_trial({})  # as `ask` makes one where the queue is empty
         job = functools.partial(queued_job, train)
-        study.work_off(found, crew, {}, job, lambda: None)
+        study.work_off(found, pool, {}, job, lambda: None)
         assert [trial.state for trial in found.trials] == [FAIL]
         assert study.finished(found) == study.rows_of(found, "top1") == []
 
@@ -538,9 +550,9 @@ def test_a_worker_that_dies_is_replaced(journal: Path) -> None:
         function, arguments = search_job(train, trial)
         return (die if trial.user_attrs["seed"] == 0 else function), arguments
 
-    with study.opened(str(journal)) as storage, study.Crew([CPU], 1) as crew:
+    with study.opened(str(journal)) as storage, study.WorkerPool([CPU], ahead=True) as pool:
         found = study.open_study(storage, "search", SETTING)
-        study.work_off(found, crew, SPACE, job_of, lambda: None, 2)
+        study.work_off(found, pool, SPACE, job_of, lambda: None, 2)
     by_seed = sorted((t.user_attrs["seed"], t.state.name) for t in found.trials)
     assert by_seed == [(0, "FAIL"), (0, "FAIL"), (0, "FAIL"), (1, "COMPLETE")]
 

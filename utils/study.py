@@ -48,7 +48,13 @@ DATABASE_ERRORS = (SQLAlchemyError, StorageInternalError)
 # And what a missing driver, a folder and a damaged journal raise.
 OPENING_ERRORS = (
     *DATABASE_ERRORS,
-    *(AssertionError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError),
+    AssertionError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
 )
 
 # --- storages -------------------------------------------------------------------------------------
@@ -191,6 +197,11 @@ def left(study: optuna.Study, total: int | None) -> int:
     return total - len(finished(study)) - len(in_state(study, TrialState.RUNNING))
 
 
+def is_done(study: optuna.Study) -> bool:
+    """Whether no trial waits or runs, here or on another machine."""
+    return all(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+
+
 def best_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The complete trials, the highest value first."""
     complete = in_state(study, TrialState.COMPLETE)
@@ -216,13 +227,13 @@ def missing(
     for seed in seeds:
         for name, hparams in configurations.items():
             asked: Row = {"configuration": name, "hparams": hparams, "seed": seed}
-            trial = last.get(_training(hparams, seed))
-            if not trial:
+            done = last.get(_training(hparams, seed))
+            if not done:
                 found.append(asked)
-            elif trial.state == TrialState.FAIL or (
-                trial.state == TrialState.COMPLETE and (name, seed) in lost
+            elif done.state == TrialState.FAIL or (
+                done.state == TrialState.COMPLETE and (name, seed) in lost
             ):
-                found.append(asked | {"retry_of": trial.number})
+                found.append(asked | {"retry_of": done.number})
     return found
 
 
@@ -239,6 +250,12 @@ def queue(
     """Queue a training of each configuration with each seed, as far as it is `missing`."""
     for asked in missing(study, configurations, seeds, lost):
         study.enqueue_trial({}, user_attrs=asked)
+
+
+def to_do(study: optuna.Study, *asked: Any) -> int:
+    """How many trainings there are until all of `missing(study, *asked)` and before are done."""
+    open_ones = [t for t in study.get_trials(deepcopy=False) if not t.state.is_finished()]
+    return len(open_ones) + len(missing(study, *asked))
 
 
 def try_again(study: optuna.Study, number: int, counted: bool = True) -> None:
@@ -284,12 +301,12 @@ Job = tuple[Callable[..., tuple[float, Row, str]], Sequence[Any]]
 Answer = Future[tuple[Outcome, bool]]
 
 
-class Crew:
+class WorkerPool:
     """A worker on each device, and a thread each to wait for it; a context manager."""
 
-    def __init__(self, devices: Sequence[torch.device], ahead: int) -> None:
-        """`ahead`: jobs to keep ready for each device, as it may take seconds to ask for one."""
-        self.capacity = len(devices) * (1 + ahead)
+    def __init__(self, devices: Sequence[torch.device], ahead: bool) -> None:
+        """`ahead`: keep a job ready for each device, as it may take seconds to ask for one."""
+        self.capacity = len(devices) * (2 if ahead else 1)
         self._threads = ThreadPoolExecutor(len(devices))
         self._workers = {device: Worker() for device in devices}
         self._idle: SimpleQueue[tuple[torch.device, Worker] | None] = SimpleQueue()
@@ -322,7 +339,7 @@ class Crew:
                 self._workers[device] = Worker()
                 self._idle.put((device, self._workers[device]))
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -335,7 +352,7 @@ class Crew:
 
 def work_off(
     study: optuna.Study,
-    crew: Crew,
+    pool: WorkerPool,
     space: Mapping[str, BaseDistribution],
     job_of: Callable[[optuna.Trial], Job | None],
     changed: Callable[[], Any],
@@ -364,11 +381,11 @@ def work_off(
             while True:
                 ours = [trial.number for trial in running.values()]
                 others = recover(study, ours, seen, dead_after_s)
-                crew.replace_dead()
-                while len(running) < crew.capacity and left(study, total) > 0:
+                pool.replace_dead()
+                while len(running) < pool.capacity and left(study, total) > 0:
                     trial = study.ask(dict(space))
                     if job := job_of(trial):
-                        running[crew.submit(*job)] = trial
+                        running[pool.submit(*job)] = trial
                     else:
                         study.tell(trial, state=TrialState.FAIL)
                 _show(bar, study)
