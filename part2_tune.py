@@ -879,9 +879,8 @@ def write_tables(tuning: Tuning) -> dict[str, list[dict[str, Any]]]:
 def report(tuning: Tuning, machine: str) -> int:
     """Write, draw and print what there is; exit code 1 if a finalist's or a final training failed.
 
-    One that is unavailable, as where memory does not suffice, is only named.
-
-    What is not done by this run may have been by another, on this or another machine.
+    One that is unavailable, as where memory does not suffice, is only named. What is not done by
+    this run may have been by another, on this or another machine.
     """
     rows = write_tables(tuning)
     if rows["trials"]:
@@ -997,15 +996,18 @@ def trainings_to_do(tuning: Tuning, args: argparse.Namespace) -> dict[str, int]:
     if args.stage in ("search", "all"):
         costs["search"] = max(0, args.trials - len(study.finished(tuning.search)))
     if args.stage in ("finalists", "all"):
-        costs["finalists"] = (args.finalists + 1) * args.finalist_seeds
-        if not costs.get("search"):
+        if costs.get("search"):
+            goal = (args.finalists + 1) * args.finalist_seeds
+            costs["finalists"] = goal + study.to_do(tuning.finalists, {}, ())
+        else:
             asked = choose_finalists(tuning, args.finalists, args.finalist_seeds)
             costs["finalists"] = study.to_do(tuning.finalists, *asked)
     if args.stage in ("final", "all"):
-        costs["final"] = 2 * args.repeats
-        if not any(costs[stage] for stage in costs if stage != "final"):
-            asked_last = final_trainings(tuning, choose_final(tuning), args.repeats)
-            costs["final"] = study.to_do(tuning.final, *asked_last)
+        if any(costs.values()):
+            costs["final"] = 2 * args.repeats + study.to_do(tuning.final, {}, ())
+        else:
+            of_final = final_trainings(tuning, choose_final(tuning), args.repeats)
+            costs["final"] = study.to_do(tuning.final, *of_final)
     return costs
 
 

@@ -737,13 +737,31 @@ def test_no_winner_is_chosen_before_all_finalists_are_trained(tune, capsys):
     assert line.startswith("error: the finalists of tiny are not all trained")
 
 
+def test_other_machines_may_have_the_network_or_still_train_finalists(tune, tmp_path, capsys):
+    shared = ["--storage", f"sqlite:///{tmp_path}/study.db"]
+    assert tune(Trainings(by_luck), *shared) == 0
+    (tmp_path / "tiny" / "best.safetensors").unlink()
+    again = Trainings(by_luck)
+    assert tune(again, *shared) == 0
+    assert again.asked == []
+    with study.opened(shared[1]) as storage:
+        study.open_study(storage, "tiny-finalists", {}).ask()  # RUNNING
+    capsys.readouterr()
+    assert tune(again, *shared, "--stage", "final") == 2
+    assert "the finalists of tiny are not all trained" in capsys.readouterr().err
+
+
 def test_the_announced_trainings_are_never_too_few(tune, capsys):
     def announced() -> int:
         return int(capsys.readouterr().out.partition("at most ")[2].split()[0])
 
-    for flags in ([], ["--trials", "9"], ["--stage", "finalists"], ["--repeats", "3"], []):
+    trainings = Trainings(by_luck)
+    trainings.stop_after = 4  # in the finalists, which others may join after more trials
+    assert tune(trainings) == 130
+    capsys.readouterr()
+    for flags in (["--trials", "9"], [], ["--finalist-seeds", "3"], ["--repeats", "3"], []):
         trainings = Trainings(by_luck)
-        assert tune(trainings, "--trials", "9" if flags else "3", *flags) == 0
+        assert tune(trainings, *flags) == 0
         assert len(trainings.asked) <= announced()
     assert trainings.asked == []
 
