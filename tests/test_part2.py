@@ -935,7 +935,7 @@ def test_images_that_are_not_square_are_refused(monkeypatch):
         ["--train-images", "10"],  # one of each class
         ["--max-params", "10"],
         ["--storage", "nosuchdb://host/name"],
-        ["--storage", "pyproject.toml"],
+        ["--storage", "FOLDER/notes.txt"],
         ["--study-name", "a/b"],
         ["--study-name", ""],
         ["--study-name", ".."],
@@ -952,7 +952,10 @@ def test_bad_input_is_one_line_and_exit_code_2(flags, tune, tmp_path: Path, monk
     if flags == ["--device", "cuda"] and torch.cuda.is_available():
         pytest.skip("there is a GPU")
     monkeypatch.chdir(ROOT)
+    (tmp_path / "notes.txt").write_text("no journal\n")
+    flags = [flag.replace("FOLDER", str(tmp_path)) for flag in flags]
     assert tune(Trainings(by_luck), *flags) == 2
+    assert (tmp_path / "notes.txt").read_text() == "no journal\n"
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert not list(tmp_path.rglob("*.csv"))
