@@ -78,9 +78,9 @@ COLUMNS += ("precision", "device", "threads", "batch_size", "status", "reason")
 COLUMNS += timing.LATENCY_COLUMNS
 COLUMNS += ("graph_baseline", *benchmark.GRAPH_COLUMNS, *benchmark.TRANSFER_COLUMNS)
 COLUMNS += (*PARITY_COLUMNS, *evaluation.ACCURACY_COLUMNS, "accuracy_batch_size", "size_mb")
-COLUMNS += ("engine_memory_mb", "peak_memory_mb", "build_peak_memory_mb", "build_seconds")
+COLUMNS += ("engine_memory_mb", *benchmark.MEMORY_COLUMNS, "build_seconds")
 COLUMNS += ("engine_file", "engine_build_seconds", "engine_cached", "cuda_graph", "layers")
-COLUMNS += ("layer_precisions", "attention_kernels", "load_average_before", "load_average_after")
+COLUMNS += ("layer_precisions", "attention_kernels", *benchmark.LOAD_COLUMNS)
 SHOWN = {
     "candidate": ("candidate", "s"),
     "batch_size": ("batch", "d"),
@@ -845,7 +845,7 @@ def make_jobs(
     for name in names:
         candidate = CANDIDATES[name]
         precision, on_gpu = candidate.precision, candidate.device == "cuda"
-        own = replace(
+        of_candidate = replace(
             job,
             candidate=name,
             build=candidate.build,
@@ -856,7 +856,7 @@ def make_jobs(
             columns=columns | {"precision": precision},
             graph_baseline=GRAPH_BASELINES.get(precision) if on_gpu else None,
         )
-        jobs.append(own)
+        jobs.append(of_candidate)
     return jobs
 
 

@@ -680,9 +680,8 @@ def measure_setting(
     load_before = os.getloadavg()[0]
     with contextlib.ExitStack() as stack:
         processes = {job.candidate: stack.enter_context(Worker()) for job in jobs}
-        for (
-            worker
-        ) in processes.values():  # they start side by side; none builds before all are idle
+        # They start side by side; none builds before all are idle.
+        for worker in processes.values():
             worker.run(os.getpid)
         rows, latency_ms, logits = build_all(run, jobs, processes, images, scored, check)
         # As many calls as fill the baseline's turn, fewer where that would take twice as long.

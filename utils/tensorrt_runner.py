@@ -49,14 +49,14 @@ def require_libraries() -> None:
 
 
 @contextlib.contextmanager
-def primary_context(ordinal: int = 0) -> Iterator[Any]:
-    """Make a GPU's primary context current, which PyTorch uses too; yields the pycuda device."""
+def primary_context() -> Iterator[Any]:
+    """Make the first GPU's primary context current, PyTorch's own; yields the pycuda device."""
     require_libraries()
     import pycuda.driver as cuda
 
     try:
         cuda.init()
-        device = cuda.Device(ordinal)
+        device = cuda.Device(0)
         context = device.retain_primary_context()
     except cuda.Error as error:
         raise MissingError(f"CUDA finds no usable GPU: {error}") from error
