@@ -77,7 +77,9 @@ def finish(found: dict[str, list[FrozenTrial]]) -> dict[tuple[str, int], float |
         assert len(complete) == TOTALS[name]
         assert len(complete) + len(lost) == len(trials)  # none runs or waits
         for trial in lost:
-            (retry,) = (t for t in trials if t.user_attrs.get("retry_of") == trial.number)
+            retry = trial
+            while retry.state == FAIL:  # a retry that was killed too may have nothing of its own yet
+                (retry,) = (t for t in trials if t.user_attrs.get("retry_of") == retry.number)
             assert retry.params.items() >= trial.params.items()
             assert retry.user_attrs.get("hparams") == trial.user_attrs.get("hparams", retry.params)
     return {
