@@ -293,13 +293,13 @@ def load_calibration(run: Run, count: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of the folder; the lock goes with the process, however that ends."""
+def hold_folder(folder: Path, flag: str = "--output-dir") -> Iterator[None]:
+    """Keep other runs out of a flag's folder; the lock goes with the process, however that ends."""
     with (folder / ".lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            message = f"another run works in {folder}: wait for it, or take another --output-dir"
+            message = f"another run works in {folder}: wait for it, or take another {flag}"
             raise cli.UserError(message) from error
         yield
 
@@ -517,8 +517,8 @@ def predict_logits(images: np.ndarray) -> np.ndarray:
 def load_inputs(images: np.ndarray) -> None:
     """Preprocess uint8 images `[K * B, 3, H, W]` into the K batches that will be timed."""
     batches = torch.from_numpy(images).split(served.job.batch_size)
-    how, device = served.preprocessing, served.job.device
-    served.inputs = [data.preprocess(batch, how, device) for batch in batches]
+    preprocessing, device = served.preprocessing, served.job.device
+    served.inputs = [data.preprocess(batch, preprocessing, device) for batch in batches]
 
 
 def load_host_inputs() -> None:
@@ -741,8 +741,8 @@ def build_all(
             elif scored:
                 logits[name] = take_logits(run, job, worker, 0 if logits else len(jobs))
             latency_ms[name] = latency
-        how = f"built in {row['build_seconds']:.1f} s" if row["status"] == "ok" else row["status"]
-        print(f"  {name:24}{how}  {row.get('reason', '')}", flush=True)
+        built = f"built in {row['build_seconds']:.1f} s" if row["status"] == "ok" else row["status"]
+        print(f"  {name:24}{built}  {row.get('reason', '')}", flush=True)
         check_baseline(rows[baseline], job.batch_size)
         if name not in latency_ms:
             worker.stop()  # what it holds is memory that the others need

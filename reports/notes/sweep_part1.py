@@ -83,10 +83,11 @@ def sweep(network: str, dataset: str, data_dir: Path | None, threads: int) -> li
     """The rows of one network."""
     source = ModelSource(network, untrained=True)
     model = load_model(source)
-    how, cost = model.preprocessing, benchmark.count_cost(model)
+    preprocessing, cost = model.preprocessing, benchmark.count_cost(model)
     load = functools.partial(data.load_images, dataset, data_dir=data_dir, num_images=64)
-    images = load(split=data.ACCURACY_SPLIT[dataset], image_size=how.input_size).images.numpy()
-    training = load(split="train", image_size=how.input_size).images.numpy()
+    size = preprocessing.input_size
+    images = load(split=data.ACCURACY_SPLIT[dataset], image_size=size).images.numpy()
+    training = load(split="train", image_size=size).images.numpy()
     rows: list[dict[str, Any]] = []
     baseline: torch.Tensor | None = None
     with tempfile.TemporaryDirectory() as folder:
@@ -101,7 +102,7 @@ def sweep(network: str, dataset: str, data_dir: Path | None, threads: int) -> li
                 threads=threads,
                 folder=Path(folder),
                 images=training,
-                preprocessing=how,
+                preprocessing=preprocessing,
             )
             row = try_candidate(job, cost, images)
             logits = row.pop("logits", None)
