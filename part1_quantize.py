@@ -572,10 +572,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     device = cli.pick_device(args.device).type
     names = choose_candidates(args.candidates, device)
-    if args.model.endswith(".onnx"):
-        raise cli.UserError(
-            f"--model {args.model}: Part 1 quantises PyTorch models, not ONNX files"
-        )
     with benchmark.open_run(args, part2_network) as run:
         jobs = [make_job(run, name) for name in names]
         rows = benchmark.measure(run, jobs, TABLE, COLUMNS)

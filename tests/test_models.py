@@ -2,8 +2,6 @@
 
 import dataclasses
 import hashlib
-import http.client
-import io
 import json
 import pickle
 import urllib.error
@@ -224,14 +222,6 @@ def test_dinov2_takes_whole_patches() -> None:
     assert "multiples of 14" in error_of(NAME, input_size=96)
 
 
-@pytest.mark.usefixtures("original")
-def test_dinov2_with_registers_has_its_own_files() -> None:
-    assert sorted(load(REGISTERS).checkpoints) == [
-        "dinov2_vits14_reg4_linear4_head.pth",
-        "dinov2_vits14_reg4_pretrain.pth",
-    ]
-
-
 @pytest.mark.usefixtures("hub")
 def test_dinov2_downloads_from_where_it_is_published(monkeypatch: pytest.MonkeyPatch) -> None:
     urls: list[str] = []
@@ -263,10 +253,6 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
 def write_another_model(path: Path) -> None:
     torch.save(nn.Linear(3, 3).state_dict(), path)
 
@@ -275,13 +261,8 @@ def write_list(path: Path) -> None:
     torch.save([torch.zeros(2)], path)
 
 
-SPOIL = pytest.mark.parametrize(
-    "spoil", [write_html, truncate, empty, write_another_model, write_list]
-)
-
-
 @pytest.mark.parametrize("file", [BACKBONE_FILE, HEAD_FILE])
-@SPOIL
+@pytest.mark.parametrize("spoil", [write_html, truncate, write_another_model, write_list])
 @pytest.mark.usefixtures("original")
 def test_dinov2_spoilt_checkpoint(hub: Path, spoil: Callable[[Path], None], file: str) -> None:
     path = hub / "checkpoints" / file
@@ -338,20 +319,6 @@ def test_dinov2_missing_checkpoint_offline(hub: Path) -> None:
     ]  # nothing half-written
 
 
-@pytest.mark.usefixtures("hub")
-def test_dinov2_download_that_breaks_off(torch_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Response(io.BytesIO):
-        def info(self) -> http.client.HTTPMessage:
-            return http.client.HTTPMessage()
-
-        def read(self, size: int | None = -1, /) -> bytes:
-            raise http.client.IncompleteRead(b"half")
-
-    monkeypatch.setattr("torch.hub.urlopen", lambda _: Response())
-    assert f"put the file at {torch_home}" in error_of(NAME)
-    assert list((torch_home / "hub" / "checkpoints").iterdir()) == []
-
-
 @pytest.mark.usefixtures("torch_home")
 def test_dinov2_hub_offline() -> None:
     text = error_of(NAME, untrained=True)
@@ -375,12 +342,6 @@ def test_dinov2_hub_sends_a_page_instead_of_the_code(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("torch.hub.download_url_to_file", download)
     assert "from Torch Hub" in error_of(NAME)
-
-
-def test_dinov2_hub_repository_without_the_entry_point(hub: Path) -> None:
-    (hubconf,) = hub.glob("*/hubconf.py")
-    hubconf.write_text("dependencies = []\n")
-    assert NAME in error_of(NAME)
 
 
 @pytest.mark.usefixtures("torch_home")
@@ -431,7 +392,7 @@ def test_options_that_exclude_each_other(tmp_path: Path) -> None:
     assert "goes with --model timm/NAME" in error_of("vit_digits", checkpoint=tmp_path / "a.pth")
     text = error_of("timm/test_resnet", checkpoint=tmp_path / "a.pth", untrained=True)
     assert "not with --untrained" in text
-    assert "does not exist" in error_of("timm/test_resnet", checkpoint=tmp_path / "a.pth")
+    assert "is missing" in error_of("timm/test_resnet", checkpoint=tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
@@ -442,7 +403,6 @@ def test_options_that_exclude_each_other(tmp_path: Path) -> None:
         (ModelSource("timm/resnet18", Path("runs/3/best.pth")), "timm-resnet18-best"),
         (ModelSource("timm/hf-hub:owner/name"), "timm-hf-hub-owner-name"),
         (ModelSource("/tmp/part2/best.safetensors"), "tmp-part2-best"),
-        (ModelSource("nets/mine.onnx"), "nets-mine"),
     ],
 )
 def test_run_name_is_one_folder(source: ModelSource, name: str) -> None:
@@ -536,7 +496,7 @@ def test_own_checkpoint_under_an_unknown_wrapper(own_state: dict[str, Any], tmp_
     assert "2 unexpected (net, epoch)" in text
 
 
-@pytest.mark.parametrize("spoil", [write_html, truncate, empty, write_list])
+@pytest.mark.parametrize("spoil", [write_html, truncate, write_list])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_own_checkpoint_that_is_damaged(
     own_state: dict[str, Tensor], tmp_path: Path, spoil: Callable[[Path], None], suffix: str
@@ -545,7 +505,7 @@ def test_own_checkpoint_that_is_damaged(
     save_as(own_state, path, "safetensors" if suffix == ".safetensors" else "bare")
     spoil(path)
     text = error_of("timm/test_resnet", checkpoint=path)
-    assert text.startswith(f"--checkpoint {path} is damaged, or holds more than weights (")
+    assert text.startswith(f"--checkpoint {path} is missing, damaged, or holds more than weights (")
 
 
 def test_own_preprocessing_wins(own_state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -831,7 +791,7 @@ def test_classes_that_do_not_fit(tmp_path: Path, content: bytes | None, reason: 
     assert reason in text
 
 
-# --- models with a card, ONNX files ---------------------------------------------------------------
+# --- models with a card ---------------------------------------------------------------------------
 
 ARCHITECTURE = {
     "image_size": 8,
@@ -896,11 +856,6 @@ def test_checkpoint_of_part_2_is_built_by_its_constructor(tmp_path: Path) -> Non
     assert f"--checkpoint {path}" in text
 
 
-def test_smallcnn_is_in_weights(weights_dir: Path) -> None:
-    write_with_card(weights_dir / "smallcnn_cifar100.safetensors")
-    assert load("smallcnn_cifar100", network=build_reference_vit).num_classes == 10
-
-
 def test_reference_model_that_differs_from_its_card(weights_dir: Path) -> None:
     path = weights_dir / "vit_digits.safetensors"
     content = bytearray(path.read_bytes())
@@ -922,37 +877,12 @@ def test_reference_model_without_its_weights(weights_dir: Path) -> None:
 def test_reference_model_without_its_card(weights_dir: Path) -> None:
     text = error_of("vit_tiny_imagenet")
     assert str(weights_dir / "vit_tiny_imagenet.json") in text
-    assert "python -m weights.train_reference" in text
 
 
 def test_reference_model_with_a_damaged_card(weights_dir: Path) -> None:
     path = weights_dir / "vit_digits.json"
     path.write_text(path.read_text()[:40])
     assert error_of("vit_digits").startswith(f"{path} is damaged")
-
-
-class OnnxStandIn(nn.Module):
-    """What Part 3 passes to run an ONNX file."""
-
-    classes = ("a", "b")
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.preprocessing = Preprocessing(8, (0.1,) * 3, (0.2,) * 3)
-        self.sum = len(path.read_bytes())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.full((len(x), 2), float(self.sum))
-
-
-def test_onnx_file_is_run_by_what_the_caller_passes(tmp_path: Path) -> None:
-    path = tmp_path / "mine.onnx"
-    path.write_bytes(b"12345")
-    loaded = load(str(path), network=OnnxStandIn, std=(0.5, 0.5, 0.5))
-    assert loaded.module(torch.zeros(3, 3, 8, 8)).tolist() == [[5, 5]] * 3
-    assert loaded.classes == ("a", "b")
-    assert loaded.preprocessing == Preprocessing(8, (0.1,) * 3, (0.5,) * 3)
-    assert loaded.checkpoints == {"mine.onnx": models.sha256_of(path)}
 
 
 @pytest.mark.parametrize(("image_size", "patch_size", "tokens"), [(8, 2, 16), (32, 8, 16)])

@@ -298,7 +298,6 @@ def test_the_reason_why_an_exporter_failed_is_the_first_one():
     [
         (["--model", "vit_digit"], "vit_digits"),
         (["--model", "dinov2_vitb14"], "dinov2_vitb14_lc"),
-        (["--model", "mine.onnx"], "not ONNX files"),
         (["--dataset", "digit"], "digits"),
         (["--candidates", "int8-eagre"], "int8-eager"),
         (["--candidates", ","], "at least one name"),

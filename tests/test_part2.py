@@ -66,6 +66,10 @@ class Clock:
         return step
 
 
+def load_network(path: Path) -> models.LoadedModel:
+    return models.load_model(models.ModelSource(str(path), network=part2.SmallCNN))
+
+
 # --- the network and its search space -------------------------------------------------------------
 
 
@@ -112,7 +116,7 @@ def test_pooling_takes_the_largest_before_the_normalisation():
 
 def test_the_committed_network_with_an_earlier_card_loads():
     path = ROOT / "weights" / "smallcnn_cifar100.safetensors"
-    model = models.load_checkpoint(path, part2.SmallCNN, "git checkout weights")
+    model = load_network(path)
     card = json.loads(path.with_suffix(".json").read_text())
     assert "dropout" in card["architecture"]
     found = models.sample_logits(model.module, 32)
@@ -545,7 +549,7 @@ def test_a_whitened_network_is_saved_and_loaded(tmp_path: Path, monkeypatch):
     hparams, path = replace(SMALL, whiten=True, pool=True), tmp_path / "best.safetensors"
     generous = replace(SETTING, tolerance=1000.0)
     top1, _, _ = part2.run_training(generous, hparams, 0, True, False, path, CPU)
-    model = models.load_checkpoint(path, part2.SmallCNN, "python part2_tune.py")
+    model = load_network(path)
     card = json.loads(path.with_suffix(".json").read_text())
     assert card["hyperparameters"] == asdict(hparams)
     assert (card["training"]["seed"], card["training"]["steps"]) == (0, 3)
@@ -882,7 +886,7 @@ def test_quick_run_in_real_processes(tmp_path: Path):
     assert (trials.num_images == 142).all()
     final = pd.read_csv(folder / "final.csv").set_index("configuration")
     assert (final.train_images == 1437).all()
-    model = models.load_checkpoint(folder / "default.safetensors", part2.SmallCNN, "")
+    model = load_network(folder / "default.safetensors")
     test_set = load_images("digits", "test")
     task = part2.Task(test_set, model.preprocessing.mean, model.preprocessing.std, False)
     top1, _ = part2.evaluate(model.module, test_set, task)
@@ -897,7 +901,7 @@ def test_own_images_are_tuned_on(image_folder: Path, tmp_path: Path, monkeypatch
     flags += ["--repeats", "1", "--tolerance", "10000", "--device", "cpu", "--max-params", "200000"]
     assert part2.main([*flags, "--output-dir", str(tmp_path / "out")]) == 0
     path = tmp_path / "out" / "folder-0.1s-gp" / "default.safetensors"
-    model = models.load_checkpoint(path, part2.SmallCNN, "")
+    model = load_network(path)
     assert model.classes == ("ant", "cat", "dog")
     assert model.preprocessing.input_size == 16
 
@@ -966,8 +970,7 @@ def test_checkpoints_that_are_not_usable(damage, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(part2, "train", lambda *_: part2.Training(1, 1.0, 8.0, 0.0))
     path = tmp_path / "net.safetensors"
     part2.run_training(SETTING, SMALL, 0, True, False, path, CPU)
-    remedy = "python part2_tune.py"
-    assert models.load_checkpoint(path, part2.SmallCNN, remedy).trained
+    assert load_network(path).trained
     card = path.with_suffix(".json")
     if damage == "missing":
         card.unlink()
@@ -978,13 +981,13 @@ def test_checkpoints_that_are_not_usable(damage, tmp_path: Path, monkeypatch):
     else:
         card.write_text(card.read_text().replace('"depths"', '"heads"'))
     with pytest.raises(UserError, match=r"part2_tune\.py"):
-        models.load_checkpoint(path, part2.SmallCNN, remedy)
+        load_network(path)
 
 
 @pytest.mark.skipif("CIFAR100_DIR" not in os.environ, reason="set CIFAR100_DIR to real images")
 def test_the_committed_network_reproduces_its_accuracy():
     path = ROOT / "weights" / "smallcnn_cifar100.safetensors"
-    model = models.load_checkpoint(path, part2.SmallCNN, "")
+    model = load_network(path)
     test_set = load_images("cifar100", "test", Path(os.environ["CIFAR100_DIR"]))
     task = part2.Task(test_set, model.preprocessing.mean, model.preprocessing.std, False)
     top1, _ = part2.evaluate(model.module, test_set, task)

@@ -35,7 +35,7 @@ class Difference:
 def predict(
     call: Callable[[Tensor], Tensor],
     images: Tensor,
-    how: Preprocessing,
+    preprocessing: Preprocessing,
     batch_size: int,
     device: torch.device | str = "cpu",
 ) -> Tensor:
@@ -49,7 +49,7 @@ def predict(
         batch = images[start : start + batch_size]
         padding = batch_size - len(batch)
         full = torch.cat([batch, batch[-1:].expand(padding, -1, -1, -1)]) if padding else batch
-        output = torch.as_tensor(call(preprocess(full, how, device)))
+        output = torch.as_tensor(call(preprocess(full, preprocessing, device)))
         logits.append(output[: len(batch)].float().cpu())
     return torch.cat(logits)
 

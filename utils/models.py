@@ -5,23 +5,20 @@
                             also timm/hf-hub:<owner>/<name> and timm/local-dir:<folder>
     vit_tiny_imagenet …     the small reference models of `weights/`, no network needed
     <path>.safetensors      what Part 2 trained, with its card beside it
-    <path>.onnx             a network that comes as an ONNX file (Part 3)
 
 Everything loads offline once its files are cached: TORCH_HOME holds the DINOv2 code and
 checkpoints, HF_HOME timm's. Checkpoints are read with `weights_only=True` or as safetensors, so
 that no foreign pickle runs.
 """
 
+import contextlib
+import functools
 import hashlib
-import http.client
 import json
-import pickle
 import re
-import struct
 import sys
 import time
 import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -30,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -54,22 +50,6 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 WEIGHT_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors", ".tar")
-# What files, hubs and networks of others raise when they are damaged, absent or do not fit.
-FOREIGN_ERRORS = (
-    AssertionError,
-    AttributeError,
-    EOFError,
-    LookupError,
-    OSError,  # no connection; also a truncated archive
-    RuntimeError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-    http.client.HTTPException,
-    pickle.UnpicklingError,
-    struct.error,
-    zipfile.BadZipFile,
-)
 
 
 @dataclass(frozen=True)
@@ -85,7 +65,7 @@ class ModelSource:
     input_size: int | None = None  # pixels
     interpolation: str | None = None
     seed: int = 0  # of random weights
-    network: Callable[..., Any] | None = None  # builds Part 2's network, or runs an ONNX file
+    network: Callable[..., Any] | None = None  # builds Part 2's network
 
 
 @dataclass(frozen=True)
@@ -129,16 +109,16 @@ def load_model(source: ModelSource) -> LoadedModel:
 def run_name(source: ModelSource) -> str:
     """The folder of a model's results: `<model>[-<checkpoint stem>]`, slashes as dashes."""
     stem = "" if source.checkpoint is None else f"-{source.checkpoint.stem}"
-    name = source.name.removesuffix(".safetensors").removesuffix(".onnx") + stem
+    name = source.name.removesuffix(".safetensors") + stem
     return re.sub("[/:]+", "-", name).strip("-")
 
 
 def describe_preprocessing(model: LoadedModel) -> str:
     """How images are made the model's input, for the screen."""
-    how = model.preprocessing
-    mean, std = (", ".join(f"{x:.4g}" for x in values) for values in (how.mean, how.std))
-    size = f"{how.input_size}x{how.input_size}"
-    return f"{size} pixels, {how.interpolation}, mean {mean}, standard deviation {std}"
+    own = model.preprocessing
+    mean, std = (", ".join(f"{x:.4g}" for x in values) for values in (own.mean, own.std))
+    size = f"{own.input_size}x{own.input_size}"
+    return f"{size} pixels, {own.interpolation}, mean {mean}, standard deviation {std}"
 
 
 def scored_logits(model: LoadedModel, images: ImageSet) -> tuple[list[int] | None, str]:
@@ -183,8 +163,6 @@ def _loader_of(source: ModelSource) -> Callable[[ModelSource], LoadedModel]:
         raise UserError("--checkpoint goes with --model timm/NAME alone, and not with --untrained")
     if is_timm:
         return _load_timm
-    if name.endswith(".onnx"):
-        return _load_onnx
     if name in DINOV2_MODELS:
         return _load_dinov2
     if not name.endswith(".safetensors"):
@@ -199,7 +177,7 @@ def _count_outputs(model: LoadedModel) -> int:
     try:
         with torch.no_grad():
             output = model.module(torch.zeros(1, 3, size, size))
-    except FOREIGN_ERRORS as error:
+    except Exception as error:  # networks that do not fit an image raise all kinds
         raise UserError(
             f"{model.name} does not take {size}x{size} pixels ({first_line(error)}): "
             "choose another --input-size"
@@ -224,12 +202,16 @@ def _read_classes(path: Path, model: LoadedModel) -> tuple[str, ...]:
 
 def _preprocessing(own: Preprocessing, source: ModelSource) -> Preprocessing:
     """The model's own preprocessing, but for what the user chose."""
-    names = ("input_size", "mean", "std", "interpolation")
-    chosen = {name: getattr(source, name) for name in names if getattr(source, name) is not None}
-    how = replace(own, **chosen)
-    if not len(how.mean) == len(how.std) == 3 or min(how.std) <= 0:
+    preprocessing = Preprocessing(
+        source.input_size or own.input_size,
+        source.mean or own.mean,
+        source.std or own.std,
+        source.interpolation or own.interpolation,
+    )
+    mean, std = preprocessing.mean, preprocessing.std
+    if not len(mean) == len(std) == 3 or min(std) <= 0:
         raise UserError("--mean and --std: give red's, green's and blue's, each deviation above 0")
-    return how
+    return preprocessing
 
 
 # --- DINOv2 from Torch Hub ------------------------------------------------------------------------
@@ -237,9 +219,11 @@ def _preprocessing(own: Preprocessing, source: ModelSource) -> Preprocessing:
 
 def _load_dinov2(source: ModelSource) -> LoadedModel:
     name = source.name
-    how = _preprocessing(Preprocessing(DINOV2_INPUT_SIZE, IMAGENET_MEAN, IMAGENET_STD), source)
-    if how.input_size % 14:
-        raise UserError(f"--input-size {how.input_size}: DINOv2 takes multiples of 14 pixels")
+    published = Preprocessing(DINOV2_INPUT_SIZE, IMAGENET_MEAN, IMAGENET_STD)
+    preprocessing = _preprocessing(published, source)
+    size = preprocessing.input_size
+    if size % 14:
+        raise UserError(f"--input-size {size}: DINOv2 takes multiples of 14 pixels")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the repository warns that xFormers is absent
@@ -251,7 +235,7 @@ def _load_dinov2(source: ModelSource) -> LoadedModel:
                 skip_validation=True,
                 verbose=False,
             )
-    except FOREIGN_ERRORS as error:
+    except Exception as error:  # what the hub sent is run as Python
         task = f"load {name} from Torch Hub"
         raise _hub_error(task, error, "connect to github.com once") from error
     checkpoints = {}
@@ -262,9 +246,9 @@ def _load_dinov2(source: ModelSource) -> LoadedModel:
         for part, suffix in ((module.backbone, "pretrain"), (module.linear_head, "linear4_head")):
             path = _load_from_url(part, f"{folder}/{file_stem}_{suffix}.pth")
             checkpoints[path.name] = sha256_of(path)
-    _fold_position_embedding(module.backbone, how.input_size)
+    _fold_position_embedding(module.backbone, size)
     classes, trained = imagenet_classes(), not source.untrained
-    return LoadedModel(name, module, how, classes, trained, checkpoints, "ImageNet-1k's")
+    return LoadedModel(name, module, preprocessing, classes, trained, checkpoints, "ImageNet-1k's")
 
 
 def _load_from_url(module: nn.Module, url: str) -> Path:
@@ -275,7 +259,7 @@ def _load_from_url(module: nn.Module, url: str) -> Path:
             url, map_location="cpu", progress=sys.stderr.isatty(), weights_only=True
         )
         module.load_state_dict(state)
-    except FOREIGN_ERRORS as error:
+    except Exception as error:  # no connection, or a file that is damaged, foreign or unsafe
         if path.is_file():
             raise UserError(
                 f"{path} is not the checkpoint it should be, or holds more than weights "
@@ -315,16 +299,10 @@ def _load_timm(source: ModelSource) -> LoadedModel:
     is_listed = ":" not in name  # else in timm's own forms, hf-hub: and local-dir:
     if is_listed:
         check_name(name.partition(".")[0], timm.list_models(), "timm model")
-    try:
-        if checkpoint is None:
-            module = _create_timm(name, not source.untrained, source.input_size)
-        else:
-            module = _create_with_weights(name, checkpoint, source.input_size)
-    except FOREIGN_ERRORS as error:
-        raise UserError(
-            f"cannot load {source.name} ({first_line(error)}): check the name, connect to "
-            "huggingface.co once, or add --untrained to measure latency only"
-        ) from error
+    if checkpoint is None:
+        module = _create_timm(source, pretrained=not source.untrained)
+    else:
+        module = _create_with_weights(source, checkpoint)
     config = timm.data.resolve_model_data_config(module)
     channels, height, width = config["input_size"]
     if channels != 3 or (height != width and source.input_size is None):
@@ -347,15 +325,21 @@ def _load_timm(source: ModelSource) -> LoadedModel:
     )
 
 
-def _create_timm(name: str, pretrained: bool, input_size: int | None, **options: Any) -> Any:
+def _create_timm(source: ModelSource, pretrained: bool, **options: Any) -> Any:
     import timm
 
-    if input_size is not None:
-        try:  # a network that is tied to one size is built for this one
-            return timm.create_model(name, pretrained=pretrained, img_size=input_size, **options)
-        except TypeError:  # others have no such argument
-            pass
-    return timm.create_model(name, pretrained=pretrained, **options)
+    name = source.name.removeprefix("timm/")
+    create = functools.partial(timm.create_model, name, pretrained=pretrained, **options)
+    try:
+        if source.input_size is not None:
+            with contextlib.suppress(TypeError):  # a network that is not tied to one size
+                return create(img_size=source.input_size)
+        return create()
+    except Exception as error:  # timm's, the hub's, or of a file that came from there
+        raise UserError(
+            f"cannot load {source.name} ({first_line(error)}): check the name, connect to "
+            "huggingface.co once, or add --untrained to measure latency only"
+        ) from error
 
 
 def _read_weights(path: Path) -> dict[str, Any]:
@@ -366,30 +350,27 @@ def _read_weights(path: Path) -> dict[str, Any]:
     """
     import timm
 
-    if not path.is_file():
-        raise UserError(f"--checkpoint {path} does not exist")
     try:
         return timm.models.load_state_dict(str(path), weights_only=True)
-    except FOREIGN_ERRORS as error:
+    except Exception as error:  # of a file that anyone may have made
         reason = first_line(error).split(". ")[0]  # what follows is timm's advice
-        raise UserError(
-            f"--checkpoint {path} is damaged, or holds more than weights ({reason})"
-        ) from error
+        what = "is missing, damaged, or holds more than weights"
+        raise UserError(f"--checkpoint {path} {what} ({reason})") from error
 
 
-def _create_with_weights(name: str, path: Path, input_size: int | None) -> Any:
+def _create_with_weights(source: ModelSource, path: Path) -> Any:
     """A timm network with a user's weights, matched by the names of the tensors.
 
     The classifier has as many outputs as in the file.
     """
     state = _read_weights(path)
     shapes = {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
-    module = _create_timm(name, False, input_size)
+    module = _create_timm(source, pretrained=False)
     heads = module.pretrained_cfg.get("classifier") or ""
     head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
     classes = next(iter(shapes.get(head, ())), module.num_classes)
     if classes != module.num_classes:
-        module = _create_timm(name, False, input_size, num_classes=classes)
+        module = _create_timm(source, pretrained=False, num_classes=classes)
     own = {key: value.shape for key, value in module.state_dict().items()}
     reshaped = [key for key in own if key in shapes and shapes[key] != own[key]]
     fitting = {key: state[key] for key in own if key in shapes and key not in reshaped}
@@ -402,7 +383,7 @@ def _create_with_weights(name: str, path: Path, input_size: int | None) -> Any:
     found = [f"{len(k)} {what} ({', '.join(k[:3])})" for what, k in misfits.items() if k]
     if found:
         remedy = "is it of another network, or of another --input-size?"
-        raise UserError(f"--checkpoint {path}: timm/{name} finds {', '.join(found)}: {remedy}")
+        raise UserError(f"--checkpoint {path}: {source.name} finds {', '.join(found)}: {remedy}")
     return module
 
 
@@ -440,17 +421,7 @@ def open_scales(module: nn.Module, input_size: int) -> None:
     module.eval()
 
 
-# --- ONNX files, the reference models of weights/, networks of Part 2 -----------------------------
-
-
-def _load_onnx(source: ModelSource) -> LoadedModel:
-    """What the caller's `network` makes of a file: a module with `preprocessing` and `classes`."""
-    path = Path(source.name)
-    assert source.network is not None, "pass what runs an ONNX file as ModelSource.network"
-    module = source.network(path)
-    how = _preprocessing(module.preprocessing, source)
-    checkpoints = {path.name: sha256_of(path)}
-    return LoadedModel(source.name, module, how, module.classes, checkpoints=checkpoints)
+# --- the network of the reference models ----------------------------------------------------------
 
 
 class ConvStem(nn.Module):
@@ -513,19 +484,6 @@ def build_reference_vit(
     )
 
 
-def _load_with_card(source: ModelSource) -> LoadedModel:
-    name, build, remedy = source.name, source.network, "git checkout weights"
-    path = Path(name) if name.endswith(".safetensors") else WEIGHTS_DIR / f"{name}.safetensors"
-    if name in REFERENCE_MODELS:
-        build, remedy = build_reference_vit, f"{remedy}, or python -m weights.train_reference"
-    elif name != PART2_MODEL:
-        remedy = f"python part2_tune.py (other weights: --model timm/NAME --checkpoint {name})"
-    assert build is not None, "pass Part 2's constructor as ModelSource.network"
-    model = load_checkpoint(path, build, remedy, source.untrained)
-    how = _preprocessing(model.preprocessing, source)
-    return replace(model, preprocessing=how, classes_from="its card's")
-
-
 # --- weights with a card: NAME.safetensors and NAME.json ------------------------------------------
 
 
@@ -575,18 +533,18 @@ def write_checkpoint(
         device: where it was trained, for the card.
     """
     network.load_state_dict(checkpoint.state)
-    how = checkpoint.preprocessing
+    preprocessing = checkpoint.preprocessing
     card = {
         "architecture": checkpoint.architecture,
-        "image_size": how.input_size,
-        "mean": how.mean,
-        "std": how.std,
+        "image_size": preprocessing.input_size,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
         "classes": test_set.classes,
         "dataset": test_set.dataset,
         "split": test_set.split,
         "n_images": len(test_set),
         "top1": round(checkpoint.top1, 2),
-        "sample_logits": sample_logits(network.eval(), how.input_size),
+        "sample_logits": sample_logits(network.eval(), preprocessing.input_size),
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
@@ -598,40 +556,38 @@ def write_checkpoint(
     replace_file(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
 
 
-def load_checkpoint(
-    path: Path, build: Callable[..., nn.Module], remedy: str, untrained: bool = False
-) -> LoadedModel:
-    """Load what `write_checkpoint` wrote.
-
-    Args:
-        path: the weights, `.safetensors`; the card lies beside it.
-        build: makes the network from the card's architecture.
-        remedy: a command that restores the files, for error messages.
-        untrained: keep random weights.
-
-    Raises:
-        UserError: missing, damaged or foreign files.
-    """
+def _load_with_card(source: ModelSource) -> LoadedModel:
+    """What `write_checkpoint` wrote: a reference model, or a network of Part 2."""
+    name, build, remedy = source.name, source.network, "git checkout weights"
+    path = Path(name) if name.endswith(".safetensors") else WEIGHTS_DIR / f"{name}.safetensors"
+    if name in REFERENCE_MODELS:
+        build = build_reference_vit
+    elif name != PART2_MODEL:
+        remedy = f"python part2_tune.py (other weights: --model timm/NAME --checkpoint {name})"
+    assert build is not None, "pass Part 2's constructor as ModelSource.network"
     card_path = path.with_suffix(".json")
     try:
         card = json.loads(card_path.read_text())
         network = build(**card["architecture"])
         # Cards of the first reference models have the size among the architecture only.
         size = card.get("image_size") or card["architecture"]["image_size"]
-        how = Preprocessing(size, tuple(card["mean"]), tuple(card["std"]))
-        classes, digest = tuple(card["classes"]), card["sha256"]
-        if not untrained:
-            if not path.is_file() or sha256_of(path) != digest:
-                raise UserError(f"{path} is missing or differs from its card: run {remedy}")
+        own = Preprocessing(size, tuple(card["mean"]), tuple(card["std"]))
+        classes, checkpoints = tuple(card["classes"]), {path.name: card["sha256"]}
+        if source.untrained:
+            checkpoints = {}
+        elif not path.is_file() or sha256_of(path) != card["sha256"]:
+            raise UserError(f"{path} is missing or differs from its card: run {remedy}")
+        else:
             network.load_state_dict(load_file(path))
     except OSError as error:
         raise UserError(f"cannot read {card_path} ({error.strerror}): run {remedy}") from error
     except (ValueError, LookupError, TypeError, RuntimeError) as error:
         reason = first_line(error)
         raise UserError(f"{card_path} is damaged or foreign ({reason}): run {remedy}") from error
-    network.eval().requires_grad_(False)
-    checkpoints = {} if untrained else {path.name: digest}
-    return LoadedModel(path.stem, network, how, classes, not untrained, checkpoints)
+    preprocessing, trained = _preprocessing(own, source), not source.untrained
+    return LoadedModel(
+        path.stem, network, preprocessing, classes, trained, checkpoints, "its card's"
+    )
 
 
 def sha256_of(path: Path) -> str:
