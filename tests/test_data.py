@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import hashlib
-import http.client
 import io
 import os
 import pickle
@@ -75,16 +74,6 @@ def test_tiny_imagenet_test_split_has_no_labels(tiny_imagenet: Path) -> None:
     assert images.images[:, 0, 8, 8].tolist() == pytest.approx([0, 50, 100, 150, 200], abs=2)
 
 
-def test_speed_and_accuracy_splits_exist_and_accuracy_is_labelled(
-    tiny_imagenet: Path, image_folder: Path
-) -> None:
-    folders = {"tiny-imagenet": tiny_imagenet, "cifar100": image_folder, "folder": image_folder}
-    for dataset in data.DATASETS:
-        where = folders.get(dataset)
-        assert load_images(dataset, data.ACCURACY_SPLIT[dataset], where).labels is not None
-        assert len(load_images(dataset, data.SPEED_SPLIT[dataset], where)) > 0
-
-
 # --- image folders --------------------------------------------------------------------------------
 
 
@@ -97,13 +86,6 @@ def test_image_folder_labels_and_pixels(image_folder: Path, dataset: str) -> Non
     colours = [[60 * label, 40 * i, 7] for label, n in enumerate((2, 3, 4)) for i in range(n)]
     expected = torch.tensor(colours, dtype=torch.uint8)[:, :, None, None].expand(-1, -1, 16, 16)
     assert images.images.equal(expected)
-
-
-def test_test_split_takes_its_classes_from_train(image_folder: Path) -> None:
-    images = load_images("folder", "test", image_folder)
-    assert images.classes == ("ant", "cat", "dog")
-    assert images.labels is not None
-    assert images.labels.tolist() == [0, 0, 1, 1, 2, 2]
 
 
 def test_test_split_alone_is_enough(image_folder: Path) -> None:
@@ -132,20 +114,6 @@ def test_folder_images_are_resized_and_cropped_at_the_centre(
     assert off.abs().max() <= 1  # Pillow rounds between its two passes, in either order
 
 
-def test_folder_crop_without_resize_keeps_the_middle_pixels(image_folder: Path) -> None:
-    image = random_image(12, 8)
-    image.save(image_folder / "train/ant/0.png")
-    loaded = load_images("folder", "train", image_folder, image_size=8).images[0]
-    assert np.array_equal(loaded.permute(1, 2, 0).numpy(), np.asarray(image)[:, 2:10])
-
-
-def test_image_sizes_are_cached_apart(image_folder: Path, cache_dir: Path) -> None:
-    sides = [load_images("folder", "test", image_folder, side).images.shape[-1] for side in (8, 4)]
-    assert sides == [8, 4]
-    assert load_images("folder", "test", image_folder).images.shape[-1] == 16
-    assert len(list(cache_dir.iterdir())) == 3
-
-
 @pytest.mark.parametrize("interpolation", data.INTERPOLATIONS)
 def test_folder_images_are_resized_with_the_interpolation_asked_for(
     image_folder: Path, interpolation: str
@@ -153,8 +121,8 @@ def test_folder_images_are_resized_with_the_interpolation_asked_for(
     image = random_image(24, 24)
     image.save(image_folder / "test/ant/0.png")
 
-    def load(how: str) -> Tensor:
-        return load_images("folder", "test", image_folder, 10, interpolation=how).images[0]
+    def load(name: str) -> Tensor:
+        return load_images("folder", "test", image_folder, 10, interpolation=name).images[0]
 
     load("bilinear"), load("bicubic")  # each is in the cache
     expected = np.array(image.resize((10, 10), Image.Resampling[interpolation.upper()]))
@@ -522,16 +490,6 @@ def test_cifar100_archive_with_a_wrong_md5_is_not_unpacked(small_cifar: Path) ->
     assert not (small_cifar / "cifar-100-python").exists()
 
 
-def test_cifar100_download_that_breaks_off(
-    small_cifar: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def urlopen(*_: Any, **__: Any) -> None:
-        raise http.client.IncompleteRead(b"half")
-
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
-    assert CIFAR_ARCHIVE in error_of("cifar100", "test", small_cifar.with_name("elsewhere"))
-
-
 # --- class-balanced subsets -----------------------------------------------------------------------
 
 
@@ -565,18 +523,6 @@ def test_subset_is_decided_by_the_seed(uneven: ImageSet) -> None:
     first, again, other = (take_subset(uneven, 9, seed=seed).images for seed in (5, 5, 6))
     assert first.equal(again)
     assert not first.equal(other)
-
-
-def test_subset_leaves_the_global_generator_alone(uneven: ImageSet) -> None:
-    torch.manual_seed(0)
-    expected = torch.rand(1)
-    torch.manual_seed(0)
-    take_subset(uneven, 5, seed=1)
-    assert torch.rand(1).equal(expected)
-
-
-def test_subset_of_everything_is_everything(uneven: ImageSet) -> None:
-    assert take_subset(uneven, 40, seed=0).images.equal(uneven.images)
 
 
 def test_subset_of_unlabelled_images(tiny_imagenet: Path) -> None:
@@ -644,10 +590,6 @@ def change(folder: Path) -> None:
     os.utime(folder / "train/ant/0.png", ns=(10**18, 10**18))
 
 
-def touch(folder: Path) -> None:
-    os.utime(folder / "train/ant/0.png", ns=(10**18, 10**18))
-
-
 def add(folder: Path) -> None:
     shutil.copy2(folder / "train/ant/0.png", folder / "train/ant/9.png")
 
@@ -660,7 +602,7 @@ def move_to_another_class(folder: Path) -> None:
     (folder / "train/ant/0.png").rename(folder / "train/cat/a.png")
 
 
-@pytest.mark.parametrize("alter", [change, touch, add, remove, move_to_another_class])
+@pytest.mark.parametrize("alter", [change, add, remove, move_to_another_class])
 def test_altered_source_is_decoded_again_into_the_same_file(
     image_folder: Path, cache_dir: Path, alter: Callable[[Path], None]
 ) -> None:
@@ -693,10 +635,6 @@ def truncate(cache: Path) -> None:
     cache.write_bytes(cache.read_bytes()[:-100])
 
 
-def empty(cache: Path) -> None:
-    cache.write_bytes(b"")
-
-
 def scribble(cache: Path) -> None:
     cache.write_bytes(b"\xff" * 500)
 
@@ -705,7 +643,7 @@ def store_without_sources(cache: Path) -> None:
     save_file({name: tensor + 1 for name, tensor in load_file(cache).items()}, cache)
 
 
-@pytest.mark.parametrize("damage", [truncate, empty, scribble, store_without_sources])
+@pytest.mark.parametrize("damage", [truncate, scribble, store_without_sources])
 def test_damaged_cache_file_is_rebuilt(
     image_folder: Path,
     cache_dir: Path,
@@ -748,32 +686,6 @@ def test_full_disk_costs_only_time(
     assert list(cache_dir.iterdir()) == []
 
 
-def test_cache_write_that_fails_leaves_no_file(
-    image_folder: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def replace(self: Path, target: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "replace", replace)
-    assert len(load_images("folder", "train", image_folder)) == 9
-    assert list(cache_dir.iterdir()) == []
-
-
-def test_interrupted_cache_write_leaves_no_file(
-    image_folder: Path, cache_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def save_half(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "save_file", save_half)
-        with pytest.raises(KeyboardInterrupt):
-            load_images("folder", "train", image_folder)
-    assert list(cache_dir.iterdir()) == []
-    assert len(load_images("folder", "train", image_folder)) == 9
-
-
 # --- preprocessing --------------------------------------------------------------------------------
 
 
@@ -781,8 +693,7 @@ def test_interrupted_cache_write_leaves_no_file(
 def test_preprocess_constant_image_exactly(size: int) -> None:
     images = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 3, 1, 1).repeat(2, 1, 8, 8)
     before = images.clone()
-    how = Preprocessing(size, (0.5, 0.2, 0.1), (0.25, 0.5, 2.0))
-    out = preprocess(images, how)
+    out = preprocess(images, Preprocessing(size, (0.5, 0.2, 0.1), (0.25, 0.5, 2.0)))
     assert out.shape == (2, 3, size, size)
     assert out.dtype == torch.float32
     expected = torch.tensor([-2.0, 0.0, 0.45]).view(1, 3, 1, 1).expand_as(out)
@@ -827,12 +738,6 @@ def damage_image(folder: Path) -> str:
     return f"cannot decode the image {path}"
 
 
-def replace_image_by_text(folder: Path) -> str:
-    path = folder / "val/images/val_3.JPEG"
-    path.write_text("<html>not found</html>")
-    return f"cannot decode the image {path}"
-
-
 def drop_annotations(folder: Path) -> str:
     path = folder / "val/val_annotations.txt"
     path.unlink()
@@ -852,20 +757,9 @@ def write_unknown_wnid(folder: Path) -> str:
     return f"val_3.JPEG has n99999999, which is none of {folder / 'wnids.txt'}"
 
 
-def cut_annotation_line(folder: Path) -> str:
-    path = folder / "val/val_annotations.txt"
-    path.write_text(path.read_text().replace("val_3.JPEG\tn02124075\t", "val_3.JPEG"))
-    return f"{folder / 'val/images/val_3.JPEG'} has no class id"
-
-
 def drop_wnids(folder: Path) -> str:
     (folder / "wnids.txt").unlink()
     return f"{folder} does not hold Tiny-ImageNet"
-
-
-def drop_val_images(folder: Path) -> str:
-    shutil.rmtree(folder / "val/images")
-    return f"{folder / 'val'} holds no images"
 
 
 def drop_a_class(folder: Path) -> str:
@@ -884,13 +778,10 @@ def change_one_size(folder: Path) -> str:
     "spoil",
     [
         damage_image,
-        replace_image_by_text,
         drop_annotations,
         drop_annotation_line,
         write_unknown_wnid,
-        cut_annotation_line,
         drop_wnids,
-        drop_val_images,
         drop_a_class,
         change_one_size,
     ],
@@ -907,15 +798,11 @@ def test_spoilt_tiny_imagenet(
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_class_without_images(image_folder: Path, split: str) -> None:
-    for path in (image_folder / split / "cat").iterdir():
-        path.unlink()
+    shutil.rmtree(image_folder / split / "cat")
+    if split == "train":  # the classes are those of its folders
+        (image_folder / "train/cat").mkdir()
     text = error_of("folder", split, image_folder)
     assert text == f"{image_folder / split / 'cat'} is missing or holds no images"
-
-
-def test_class_missing_from_test(image_folder: Path) -> None:
-    shutil.rmtree(image_folder / "test/cat")
-    assert f"{image_folder / 'test/cat'} is missing" in error_of("folder", "test", image_folder)
 
 
 def test_class_of_test_that_train_lacks(image_folder: Path) -> None:

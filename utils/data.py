@@ -13,7 +13,6 @@ import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from utils import cli
 from utils.cli import UserError
@@ -352,7 +351,8 @@ def _list_image_folder(root: Path) -> Listing:
     )
     labels = [label for _, label in samples]
     if skipped:
-        _say_once(f"{root}: {_describe(skipped)}")
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common())
+        _say_once(f"{root}: {skipped.total()} files skipped: {kinds}")
     if empty := set(index.values()) - set(labels):
         raise UserError(f"{root / classes[min(empty)]} is missing or holds no images")
     return [Path(file) for file, _ in samples], torch.tensor(labels), classes
@@ -386,12 +386,6 @@ def _is_image(path: Path) -> bool:
             return True
     except NOT_AN_IMAGE:
         return False
-
-
-def _describe(skipped: Counter[str]) -> str:
-    kinds = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common())
-    files = "1 file" if skipped.total() == 1 else f"{skipped.total()} files"
-    return f"{files} skipped: {kinds}"
 
 
 @functools.cache  # the splits of a run share some sentences
@@ -436,7 +430,7 @@ def _decode_all(paths: Sequence[Path], decode: Callable[[Path], np.ndarray]) -> 
     first = decode(paths[0])
     images = torch.empty((len(paths), 3, *first.shape[:2]), dtype=torch.uint8)
 
-    def fill(start: int) -> int:
+    def fill(start: int) -> None:
         chunk = paths[start : start + DECODING_CHUNK]
         for index, path in enumerate(chunk, start):
             pixels = decode(path)
@@ -446,12 +440,9 @@ def _decode_all(paths: Sequence[Path], decode: Callable[[Path], np.ndarray]) -> 
                     f"{first.shape[1]}x{first.shape[0]}: all must have one size"
                 )
             images[index] = torch.from_numpy(pixels).permute(2, 0, 1)
-        return len(chunk)
 
-    bar = tqdm(total=len(paths), desc="decoding", unit="img", disable=None)
-    with bar, ThreadPoolExecutor(DECODING_THREADS) as pool:
-        for done in pool.map(fill, range(0, len(paths), DECODING_CHUNK)):
-            bar.update(done)
+    starts, unit = range(0, len(paths), DECODING_CHUNK), f"{DECODING_CHUNK} images"
+    thread_map(fill, starts, max_workers=DECODING_THREADS, desc="decoding", unit=unit, disable=None)
     return images
 
 
