@@ -24,13 +24,6 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_csv_has_exactly_these_columns_in_this_order(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    rows = [{"reason": "", "latency_ms_median": 1.25, "name": "fp32", "threads": 2}]
-    results.write_csv(path, rows, COLUMNS)
-    assert path.read_text() == "name,threads,latency_ms_median,reason\nfp32,2,1.25,\n"
-
-
 def test_csv_empty_cells_leave_their_neighbours_alone(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
         {"name": "fp32", "threads": 2, "latency_ms_median": 0.1},
@@ -39,7 +32,7 @@ def test_csv_empty_cells_leave_their_neighbours_alone(tmp_path: Path) -> None:
     ]
     results.write_csv(tmp_path / "table.csv", rows, COLUMNS)
     lines = (tmp_path / "table.csv").read_text().splitlines()
-    assert lines[1:] == ["fp32,2,0.1,", "int8,,,", "bf16,4,0.2,"]  # 2, not 2.0
+    assert lines == [",".join(COLUMNS), "fp32,2,0.1,", "int8,,,", "bf16,4,0.2,"]  # 2, not 2.0
 
 
 def test_csv_keeps_every_digit_and_quotes_what_needs_it(tmp_path: Path) -> None:
@@ -52,25 +45,12 @@ def test_csv_keeps_every_digit_and_quotes_what_needs_it(tmp_path: Path) -> None:
     assert float(row["latency_ms_median"]) == value
 
 
-def test_csv_without_rows_is_its_header(tmp_path: Path) -> None:
-    results.write_csv(tmp_path / "table.csv", [], COLUMNS)
-    assert (tmp_path / "table.csv").read_text() == ",".join(COLUMNS) + "\n"
-
-
 def test_csv_unknown_column_leaves_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("old")
     with pytest.raises(KeyError, match="latency_s"):
         results.write_csv(path, [{"name": "fp32"}, {"latency_s": 1}], COLUMNS)
     assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_csv_replaces_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "table.csv"
-    for name in ("first", "second"):
-        results.write_csv(path, [{"name": name}], COLUMNS)
-    assert [row["name"] for row in read(path)] == ["second"]
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -123,14 +103,6 @@ def test_what_was_written_is_listed_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert results.written == [tmp_path / "table.csv", tmp_path / "environment.json"]
 
 
-def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "environment.json"
-    path.write_text("{}")
-    with pytest.raises(TypeError):
-        results.write_json(path, {"path": Path()})
-    assert path.read_text() == "{}"
-
-
 def test_json_round_trip(tmp_path: Path) -> None:
     content = {"libraries": {"torch": "2"}, "gpu": None, "load": 0.5}
     results.write_json(tmp_path / "environment.json", content)
@@ -140,7 +112,8 @@ def test_json_round_trip(tmp_path: Path) -> None:
 
 
 def test_environment_says_what_machine_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["/somewhere/part1_quantize.py", "--quick", "--seed", "3"])
+    storage = "postgresql://me:secret@host/db"
+    monkeypatch.setattr(sys, "argv", ["/somewhere/part2_tune.py", "--storage", storage])
     found = results.environment(model="vit_digits", commit="abc")
     assert {
         "time_utc",
@@ -160,7 +133,7 @@ def test_environment_says_what_machine_this_is(monkeypatch: pytest.MonkeyPatch) 
         "model",
     } == set(found)
     assert json.loads(json.dumps(found)) == found
-    assert found["command"] == "part1_quantize.py --quick --seed 3"
+    assert found["command"] == "part2_tune.py --storage postgresql://me:***@host/db"
     assert found["commit"] == "abc"  # what the caller knows better wins
     assert found["libraries"]["torch"] == version("torch")
     assert found["time_utc"].endswith("+00:00")
@@ -181,9 +154,9 @@ def test_environment_without_gpu_git_or_cpuinfo(monkeypatch: pytest.MonkeyPatch)
 
 def test_tensorrt_is_asked_for_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("tensorrt")
-    monkeypatch.setitem(sys.modules, "tensorrt", module)  # a folder of stubs has no Builder
+    monkeypatch.setitem(sys.modules, "tensorrt", module)  # like a folder of stubs
     assert "tensorrt" not in results.environment()["libraries"]
-    module.__dict__.update(Builder=object, __version__="10.14.1")
+    module.__dict__.update(__version__="10.14.1")
     assert results.environment()["libraries"]["tensorrt"] == "10.14.1"
 
 
@@ -229,11 +202,6 @@ def test_reasons_are_grouped_below_the_table(capsys: pytest.CaptureFixture[str])
     assert lines[4] == "note: int8: not scored: 5 times slower than fp32"
     assert " ".join(lines[5:]).startswith("failed: bf16: RuntimeError: a long reason, a long")
     assert max(map(len, lines)) <= results.WIDTH
-
-
-def test_a_table_of_rows_without_status(capsys: pytest.CaptureFixture[str]) -> None:
-    results.print_table([{"name": "default"}], {"name": ("configuration", "s")})
-    assert capsys.readouterr().out.split() == ["configuration", "default"]
 
 
 def test_nothing_ran(capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,9 +24,6 @@ import numpy as np
 import torch
 
 from utils import results
-
-EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 _interrupted = threading.Event()  # a SIGINT or SIGTERM has come since the command started
 
@@ -90,13 +88,13 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             check_interrupt()
             return code
         except UserError as error:
-            return _end(f"error: {' '.join(str(error).split())}", EXIT_USER_ERROR)
+            return _end(f"error: {' '.join(str(error).split())}", 2)
         except OSError as error:
             if not isinstance(error, results.OutputError) and error.errno != errno.ENAMETOOLONG:
                 raise
-            return _end(f"error: {error.filename}: {error.strerror}{_kept()}", EXIT_USER_ERROR)
+            return _end(f"error: {error.filename}: {error.strerror}{_kept()}", 2)
         except KeyboardInterrupt:
-            return _end(f"interrupted{_kept()}", EXIT_INTERRUPTED)
+            return _end(f"interrupted{_kept()}", 130)
 
     return wrapper
 
@@ -174,11 +172,11 @@ def name_list(text: str) -> list[str]:
     return names
 
 
-def check_name(name: str, known: Iterable[str], what: str) -> str:
-    """Return `name` if it is known, else raise UserError with the nearest known names."""
+def check_name(name: str, known: Iterable[str], what: str) -> None:
+    """UserError with the nearest known names unless `name` is one of them."""
     known = list(known)
     if name in known:
-        return name
+        return
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
     few = [*known[:20], "…"] if len(known) > 20 else known  # timm alone has more than a thousand
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(few)}"
@@ -202,14 +200,12 @@ def check_threads(threads: Iterable[int]) -> None:
 
 def make_output_dir(path: Path, flag: str = "--output-dir") -> Path:
     """Create the folder that a flag names and prove that it can be written to, else UserError."""
-    probe = path / ".write-test"
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another run may have removed it
+        with tempfile.TemporaryFile(dir=path):
+            pass
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"cannot write to {flag} {path}: {reason}") from error
+        raise UserError(f"cannot write to {flag} {path}: {error.strerror}") from error
     return path
 
 

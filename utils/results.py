@@ -30,7 +30,7 @@ INSTRUCTION_SETS = ["avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16",
 INSTRUCTION_SETS += ["amx_bf16", "asimddp", "i8mm", "bf16", "sve"]
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 
-written: list[Path] = []  # tables and JSON of this run, for the line that says what is kept
+written: list[Path] = []  # files of this run, for the line that says what is kept
 
 
 class OutputError(OSError):
@@ -59,9 +59,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside `path`, then rename; raises what `replacing` does."""
+    """Write a file, whole or not at all; raises what `replacing` does."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
+    if path not in written:
+        written.append(path)
 
 
 def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
@@ -77,18 +79,11 @@ def write_csv(path: Path, rows: Iterable[Row], columns: Sequence[str]) -> None:
     # dtype=object: an empty cell must not turn its column's whole numbers into floats.
     table = pd.DataFrame(rows, columns=list(columns), dtype=object)
     replace_file(path, table.to_csv(index=False).encode())
-    _note_written(path)
 
 
 def write_json(path: Path, content: Row) -> None:
     """Write indented JSON, whole or not at all; raises what `replacing` does."""
     replace_file(path, (json.dumps(content, indent=2) + "\n").encode())
-    _note_written(path)
-
-
-def _note_written(path: Path) -> None:
-    if path not in written:
-        written.append(path)
 
 
 def print_table(rows: Iterable[Row], columns: Mapping[str, tuple[str, str]]) -> None:
@@ -145,9 +140,10 @@ def environment(**extra: Any) -> dict[str, Any]:
     gpu = torch.cuda.is_available()
     cpu_flags = (_cpu_info("flags") or _cpu_info("Features")).split()  # x86, ARM
     root = str(Path(__file__).parent)
+    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": _without_passwords(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+        "command": re.sub(r"(://[^:@/\s]*):[^@/\s]*@", r"\1:***@", command),  # no passwords
         "commit": _output_of("git", "-C", root, "describe", "--always", "--dirty"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -164,20 +160,15 @@ def environment(**extra: Any) -> dict[str, Any]:
     }
 
 
-def _without_passwords(text: str) -> str:
-    return re.sub(r"(://[^:@/\s]*):[^@/\s]*@", r"\1:***@", text)
-
-
 def _library_versions() -> dict[str, str]:
     found = {}
     for library in LIBRARIES:
         with contextlib.suppress(PackageNotFoundError):
             found[library] = version(library)
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError, AttributeError):  # a folder of stubs has no version
         import tensorrt  # its distribution is tensorrt-cu12 or -cu13, or not one of pip's
 
-        if hasattr(tensorrt, "Builder"):  # a folder of type stubs can be imported, too
-            found["tensorrt"] = tensorrt.__version__
+        found["tensorrt"] = tensorrt.__version__
     return found
 
 

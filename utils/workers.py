@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -117,14 +116,9 @@ class Worker:
     def __enter__(self) -> "Worker":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._pipe.close()  # an idle worker ends when nobody can ask any more
-        if error is None:
+        if kind is None:
             self._wait(SECONDS_TO_END)
         self.stop()  # a busy one must not hold up Ctrl-C
 
@@ -134,16 +128,13 @@ def _serve(pipe: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            pipe.send_bytes(_answer(pipe.recv_bytes()))
-
-
-def _answer(question: bytes) -> bytes:
-    """Call the pickled function; a pickled value and no error, or no value and an error."""
-    try:
-        function, arguments = pickle.loads(question)
-        return pickle.dumps((function(*arguments), None))
-    except Exception as error:
-        return pickle.dumps((None, _portable(error)))
+            question = pipe.recv_bytes()
+            try:
+                function, arguments = pickle.loads(question)
+                answer = pickle.dumps((function(*arguments), None))
+            except Exception as error:
+                answer = pickle.dumps((None, _portable(error)))
+            pipe.send_bytes(answer)
 
 
 def _portable(error: Exception) -> Exception:
