@@ -17,6 +17,7 @@ from utils import cli  # isort: skip  # first: it says in one line if this Pytho
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -38,32 +39,31 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from utils import benchmark, data, evaluation, onnx_tools, results, tensorrt_runner, timing
-from utils.benchmark import Build, Check, Job, Predict, Run, Variant
+from utils.benchmark import Build, Job, Predict, Run, Variant
 from utils.models import WEIGHTS_DIR, load_model, run_name
 from utils.tensorrt_runner import EngineError, Runner
 from utils.training import capture, memory_format
 from utils.workers import Outcome, UnavailableError, Worker, attempt, recorded
 
 PART2_RESULTS = Path("results/part2")
-EXPORTS = {  # ONNX file: (precision, what is quantised in it); the rest of an 8-bit one is fp16
-    "fp32": ("fp32", ()),
-    "fp16": ("fp16", ()),
-    "bf16": ("bf16", ()),
-    "int8": ("int8", ("linear",)),
-    "int8-attention": ("int8", ("linear", "attention")),
-    "int8-residual": ("int8", ("linear", "residual")),
-    "fp8": ("fp8", ("linear",)),
-    "fp8-attention": ("fp8", ("linear", "attention")),
+EXPORTS = {  # ONNX file: its precision
+    "fp32": "fp32",
+    "fp16": "fp16",
+    "bf16": "bf16",
+    "int8": "int8",
+    "int8-attention": "int8",  # attention's own products, too
+    "fp8": "fp8",
+    "own": "own",  # with --onnx
 }
+EIGHT_BIT = ("int8", "fp8")  # what is not quantised in such a file is fp16
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # The least mean cosine of the (centred) logits with those of PyTorch in float32 on the CPU, and in
 # 8 bits the least percentage of images with the same class: below it an engine is broken, above it
 # the accuracy column speaks.
 GATES = {"fp32": 0.9999, "tf32": 0.9995, "fp16": 0.999, "bf16": 0.99}
 GATES |= {"int8": 0.9, "fp8": 0.9, "own": 0.9}
-LEAST_AGREEMENT = {"int8": 90.0, "fp8": 90.0}
+LEAST_AGREEMENT = 90.0
 PARITY_IMAGES = 64
-CHECKED_BATCHES = (1, 3)  # at which an ONNX file is checked; it is exported with a batch of 2
 CALIBRATION_IMAGES = 256  # training images, none of them scored, that set the 8-bit ranges
 PLAN_FORMAT = 3  # raise it when the builder is configured in another way
 
@@ -71,7 +71,7 @@ PARITY_COLUMNS: tuple[str, ...] = ("parity_cosine", "parity_max_difference")
 PARITY_COLUMNS += ("parity_agreement_percent", "parity_images")
 EXPORT_COLUMNS: tuple[str, ...] = ("model", "export", "precision", "file", "sha256", "status")
 EXPORT_COLUMNS += ("reason", "onnx_opset", "nodes", "size_mb", "export_seconds")
-EXPORT_COLUMNS += (*PARITY_COLUMNS, "checked_batch_sizes", "quantized_weights", "weights")
+EXPORT_COLUMNS += (*PARITY_COLUMNS, "quantized_weights", "weights")
 EXPORT_COLUMNS += ("quantized_activations", "quantized_work_percent", "calibration_images")
 COLUMNS: tuple[str, ...] = ("model", "dataset", "gflop_per_image", "image_size", "candidate")
 COLUMNS += ("precision", "device", "threads", "batch_size", "status", "reason")
@@ -115,7 +115,6 @@ class EngineJob(Job):
     optimization_level: int
     detailed: bool = False  # an engine that tells of its layers, not one that is timed
     cuda_graph: bool
-    capability: tuple[int, int] = (0, 0)  # of the GPU
     plan: Path | None = None  # TensorRT's engine
 
 
@@ -208,10 +207,9 @@ CANDIDATES = {  # the first of each device is its baseline
     "tensorrt-tf32": Candidate(build_tensorrt, "cuda", "tf32", "fp32"),
     **{
         f"tensorrt-{export}": Candidate(build_tensorrt, "cuda", precision, export)
-        for export, (precision, _) in EXPORTS.items()
+        for export, precision in EXPORTS.items()
     },
-    "onnxruntime-cpu-own": Candidate(build_onnxruntime, "cpu", "own", "own"),  # with --onnx
-    "tensorrt-own": Candidate(build_tensorrt, "cuda", "own", "own"),
+    "onnxruntime-cpu-own": Candidate(build_onnxruntime, "cpu", "own", "own"),
 }
 # PyTorch's CUDA graph of the same precision, or of the nearest that PyTorch has: a speedup over it
 # is not due to launches, nor to the precision but for 8 bits.
@@ -286,14 +284,10 @@ def compare_logits(logits: Tensor, reference: Reference) -> dict[str, Any]:
     return dict(zip(PARITY_COLUMNS, values, strict=True))
 
 
-def parity_check(reference: Reference) -> Check:
-    """A check that compares a candidate's logits with PyTorch's before it is timed."""
-
-    def check(row: dict[str, Any], predict: Predict) -> None:
-        row |= compare_logits(torch.from_numpy(predict(reference.images)), reference)
-        require_parity(row, CANDIDATES[row["candidate"]].precision)
-
-    return check
+def check_parity(reference: Reference, row: dict[str, Any], predict: Predict) -> None:
+    """Compare a candidate's logits with PyTorch's before it is timed."""
+    row |= compare_logits(torch.from_numpy(predict(reference.images)), reference)
+    require_parity(row, CANDIDATES[row["candidate"]].precision)
 
 
 def require_parity(row: Mapping[str, Any], precision: str) -> None:
@@ -308,9 +302,10 @@ def require_parity(row: Mapping[str, Any], precision: str) -> None:
         raise ParityError(f"the logits hold NaN or infinity{hint}")
     if cosine < GATES[precision]:
         raise ParityError(f"cosine {cosine:.5f} with PyTorch's logits, wanted {GATES[precision]}")
-    least = LEAST_AGREEMENT.get(precision, 0.0)
-    if agreement is not None and agreement < least:
-        raise ParityError(f"{agreement:.0f} % of the images get PyTorch's class, wanted {least}")
+    if precision in EIGHT_BIT and agreement is not None and agreement < LEAST_AGREEMENT:
+        raise ParityError(
+            f"{agreement:.0f} % of the images get PyTorch's class, wanted {LEAST_AGREEMENT}"
+        )
 
 
 # --- ONNX export of each precision ----------------------------------------------------------------
@@ -347,11 +342,10 @@ def plain_attention(
 
     if is_causal or enable_gqa:
         raise NotImplementedError("causal or grouped-query attention has no export here")
-    axes = list(range(len(key.shape)))
-    axes[-2:] = [axes[-1], axes[-2]]
+    *batch, rows, columns = range(len(key.shape))
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     scaled = op.Mul(query, op.CastLike(op.Constant(value_float=factor), query))
-    scores = op.MatMul(scaled, op.Transpose(key, perm=axes))
+    scores = op.MatMul(scaled, op.Transpose(key, perm=[*batch, columns, rows]))
     if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
         least = op.CastLike(op.Constant(value_float=-math.inf), query)
         scores = op.Where(attn_mask, scores, least)
@@ -378,51 +372,49 @@ def export_float(precision: str, job: EngineJob, path: Path) -> None:
     """In a worker: export the model in a float precision, with what its user must know."""
     benchmark.prepare_process(job)
     model = load_model(job.source)
-    how, module = model.preprocessing, model.module
+    preprocessing, module = model.preprocessing, model.module
     metadata = {
         "model": model.name,
         "classes": json.dumps(model.classes),
-        "mean": json.dumps(how.mean),
-        "std": json.dumps(how.std),
-        "interpolation": how.interpolation,
+        "mean": json.dumps(preprocessing.mean),
+        "std": json.dumps(preprocessing.std),
+        "interpolation": preprocessing.interpolation,
     }
     if precision in DTYPES:
         module = LowPrecision(module, DTYPES[precision])
     opset = 22 if precision == "bf16" else 20  # the first whose convolutions take bf16
-    export_onnx(module, how.input_size, path, metadata, opset)
+    export_onnx(module, preprocessing.input_size, path, metadata, opset)
 
 
-def find_ranges(
-    run: Run, half: dict[str, Any], names: Sequence[str], job: EngineJob
-) -> tuple[dict[str, onnx_tools.Range], int]:
-    """The ranges of the activations that these exports quantise, over so many training images.
+def find_ranges(run: Run, half: Mapping[str, Any]) -> tuple[dict[str, onnx_tools.Range], int]:
+    """The ranges of all activations that are quantised, over so many training images.
+
+    Args:
+        half: the row of the fp16 file.
 
     Raises:
-        UnavailableError: there is no fp16 file to start from, or there are no such images.
+        UnavailableError: there is no such file, or there are no such images.
     """
     if half["status"] != "ok":
         raise UnavailableError("it starts from the fp16 file, which there is not")
+    path, preprocessing = verify_onnx(half), run.model.preprocessing
     images = benchmark.load_calibration(run, CALIBRATION_IMAGES)
     with Worker() as worker:
-        how = run.model.preprocessing
-        return worker.run(calibrate, half, names, images, how, job.threads), len(images)
+        ranges = worker.run(calibrate, path, images, preprocessing, run.threads[0])
+    return ranges, len(images)
 
 
 def calibrate(
-    half: dict[str, Any],
-    names: Sequence[str],
-    images: np.ndarray,
-    how: data.Preprocessing,
-    threads: int,
+    path: Path, images: np.ndarray, preprocessing: data.Preprocessing, threads: int
 ) -> dict[str, onnx_tools.Range]:
-    """In a worker: the ranges of all activations that these exports quantise, image by image."""
-    path = verify_onnx(half)
-    tensors: dict[str, None] = {}
-    for precision, parts in (EXPORTS[name] for name in names):
-        tensors |= dict.fromkeys(onnx_tools.find_activations(path, parts, precision))
+    """In a worker: the ranges, image by image, which bounds the memory."""
+    graph = ir.load(path).graph
+    products = onnx_tools.find_products(graph, "int8", attention=False)  # fp8's are among them
+    products += onnx_tools.find_products(graph, "int8", attention=True)
+    tensors = [value.name for value in onnx_tools.find_activations(products)]
     bar = tqdm(images, desc="calibrating", unit="img", disable=None, leave=False)
-    batches = (data.preprocess(torch.from_numpy(image[None]), how).numpy() for image in bar)
-    return onnx_tools.calibrate(path, list(tensors), batches, threads)
+    batches = (data.preprocess(torch.from_numpy(x[None]), preprocessing).numpy() for x in bar)
+    return onnx_tools.calibrate(path, tensors, batches, threads)
 
 
 def verify_onnx(row: Mapping[str, Any]) -> Path:
@@ -434,90 +426,90 @@ def verify_onnx(row: Mapping[str, Any]) -> Path:
 
 
 def check_export(
-    precision: str, path: Path, threads: int, how: data.Preprocessing, reference: Reference
+    precision: str,
+    path: Path,
+    threads: int,
+    preprocessing: data.Preprocessing,
+    reference: Reference,
 ) -> dict[str, Any]:
     """In a worker: check an ONNX file, and compare it with PyTorch by ONNX Runtime."""
     row = onnx_tools.check_onnx(path) | {"sha256": onnx_tools.hash_onnx(path)}
     if precision == "bf16":
         return row | {"reason": "compared as an engine only: ONNX Runtime has no bf16 on a CPU"}
     call = onnx_tools.onnx_session(path, threads, optimize=False)
-    first = max(1, len(reference.images) // 4)
-    parts = torch.from_numpy(reference.images).tensor_split([first])
-    checked = [(part, size) for part, size in zip(parts, CHECKED_BATCHES, strict=True) if len(part)]
-    logits = [evaluation.predict(call, part, how, batch_size) for part, batch_size in checked]
-    row["checked_batch_sizes"] = " ".join(str(batch_size) for _, batch_size in checked)
-    return row | compare_logits(torch.cat(logits), reference)
+    images = torch.from_numpy(reference.images)
+    logits = evaluation.predict(call, images, preprocessing, 3)  # it was exported with a batch of 2
+    logits[:1] = evaluation.predict(call, images[:1], preprocessing, 1)
+    return row | compare_logits(logits, reference)
 
 
 def make_export(
-    run: Run, name: str, job: EngineJob, reference: Reference, ranges: Outcome
+    run: Run,
+    name: str,
+    job: EngineJob,
+    reference: Reference,
+    ranges: Callable[[], tuple[dict[str, onnx_tools.Range], int]],
 ) -> dict[str, Any]:
     """Make one of EXPORTS in a process of its own; a row of EXPORT_COLUMNS.
 
     The file comes into the folder when it has passed; a failure leaves no older one there.
     """
-    precision, parts = EXPORTS[name]
-    target = job.engine_dir / f"{run_name(run.source)}-{name}.onnx"
-    for file in (target, target.with_name(f"{target.name}.data")):
-        file.unlink(missing_ok=True)
+    precision, preprocessing = EXPORTS[name], run.model.preprocessing
     row: dict[str, Any] = {"model": run.source.name, "export": name, "precision": precision}
-    row |= {"file": str(target), "status": "ok"}
-    if parts and not ranges.ok:
-        return row | ranges.columns
-    start = time.perf_counter()
+    row["status"] = "ok"
+    target = job.engine_dir / f"{run_name(run.source)}-{name}.onnx"
+    for old in (target, target.with_name(f"{target.name}.data")):
+        old.unlink(missing_ok=True)
     scratch = tempfile.TemporaryDirectory(dir=job.engine_dir, prefix=".unfinished-")
     with recorded(row), Worker() as worker, scratch as folder:
         path = Path(folder) / target.name
-        if parts:
-            source = target.with_name(f"{run_name(run.source)}-fp16.onnx")
+        widths, images = ranges() if precision in EIGHT_BIT else ({}, None)
+        start = time.perf_counter()
+        if precision in EIGHT_BIT:
+            half = target.with_name(f"{run_name(run.source)}-fp16.onnx")
             # TensorRT documents scales per channel of fp8 weights for Hopper alone.
-            per_channel = precision == "int8" or job.capability == (9, 0)
-            widths, row["calibration_images"] = ranges.value
-            arguments = (source, path, precision, parts, widths, per_channel)
+            hopper = run.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+            per_channel, attention = precision == "int8" or hopper, name == "int8-attention"
+            arguments = (half, path, precision, attention, widths, per_channel)
             row |= worker.run(onnx_tools.quantize_onnx, *arguments)
         else:
             worker.run(export_float, precision, job, path)
         row["export_seconds"] = time.perf_counter() - start
-        how = run.model.preprocessing
-        row |= worker.run(check_export, precision, path, job.threads, how, reference)
+        row |= worker.run(check_export, precision, path, job.threads, preprocessing, reference)
         if precision != "bf16":
             require_parity(row, precision)
         for file in onnx_tools.onnx_files(path):
             file.replace(target.with_name(file.name))
+        row |= {"file": str(target), "calibration_images": images}
     return row
 
 
-def check_own(run: Run, path: Path, job: EngineJob, reference: Reference) -> dict[str, Any]:
+def check_own(run: Run, path: Path, reference: Reference) -> dict[str, Any]:
     """A row of EXPORT_COLUMNS on a user's file."""
     row: dict[str, Any] = {"model": run.source.name, "export": "own", "precision": "own"}
     row |= {"file": str(path), "status": "ok"}
-    how = run.model.preprocessing
+    arguments = ("own", path, run.threads[0], run.model.preprocessing, reference)
     with recorded(row), Worker() as worker:
-        row |= worker.run(check_export, "own", path, job.threads, how, reference)
+        row |= worker.run(check_export, *arguments)
         require_parity(row, "own")
     return row
 
 
 def export_all(
-    run: Run, names: Sequence[str], job: EngineJob, reference: Reference, own: Path | None
+    run: Run, names: Sequence[str], job: EngineJob, reference: Reference, own: Path
 ) -> dict[str, dict[str, Any]]:
     """Make these of EXPORTS, and check a file of one's own; a row of EXPORT_COLUMNS for each."""
     print("ONNX files, cosine with PyTorch")
     rows: dict[str, dict[str, Any]] = {}
-    ranges = Outcome("unavailable", "there are no 8-bit files to make")
-    eight_bit = [name for name in names if EXPORTS[name][1]]
-    for name in [*names, "own"]:
-        if name in eight_bit[:1]:
-            ranges = attempt(find_ranges, run, rows["fp16"], eight_bit, job)
-        if name != "own":
-            row = make_export(run, name, job, reference, ranges)
-        elif own:
-            row = check_own(run, own, job, reference)
+    ranges = functools.cache(lambda: find_ranges(run, rows["fp16"]))
+    for name in names:
+        if name == "own":
+            row = check_own(run, own, reference)
         else:
-            continue
+            row = make_export(run, name, job, reference, ranges)
         rows[name] = row
-        found = f"{row['parity_cosine']:.5f}" if "parity_cosine" in row else ""
-        print(f"  {name:20}{found} {row.get('reason', '')}", flush=True)
+        cosine = f"{row['parity_cosine']:.5f}" if "parity_cosine" in row else ""
+        print(f"  {name:20}{cosine} {row.get('reason', '')}", flush=True)
         # Not by `write_table`: what was measured earlier is only replaced by what is measured now.
         results.write_csv(run.folder / "exports.csv", list(rows.values()), EXPORT_COLUMNS)
     results.write_json(run.folder / "exports_environment.json", run.environment)
@@ -531,7 +523,7 @@ def make_engine(job: EngineJob) -> dict[str, Any]:
     """In a worker: have the candidate's engine in the folder; the columns on how it came about."""
     benchmark.check_capability(job.precision)
     with tensorrt_runner.primary_context() as device:
-        return keep_engine(job, identify(job, device))
+        return keep_engine(job, device)
 
 
 def identify(job: EngineJob, device: Any) -> dict[str, Any]:
@@ -555,13 +547,13 @@ def identify(job: EngineJob, device: Any) -> dict[str, Any]:
     }
 
 
-def keep_engine(job: EngineJob, identity: dict[str, Any]) -> dict[str, Any]:
+def keep_engine(job: EngineJob, device: Any) -> dict[str, Any]:
     """Take the engine from the folder, or build it and keep it there with its card.
 
     Raises:
         EngineError, MemoryError: TensorRT cannot parse, build or load it.
     """
-    onnx = Path(job.export["file"])
+    onnx, identity = Path(job.export["file"]), identify(job, device)
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = job.engine_dir / f"{onnx.stem}-{job.precision}-{key}.plan"
     with contextlib.suppress(EngineError):  # missing, damaged or foreign; MemoryError is no reason
@@ -582,7 +574,7 @@ def keep_engine(job: EngineJob, identity: dict[str, Any]) -> dict[str, Any]:
         "trtexec": [trtexec_line(path, onnx, batch) for batch in job.engine_batch_sizes],
     }
     results.replace_file(path, plan)
-    results.replace_file(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
+    results.write_json(path.with_suffix(".json"), card)
     return {"engine_file": str(path), "engine_build_seconds": seconds, "engine_cached": False}
 
 
@@ -681,7 +673,7 @@ def make_monitor(bar: Any) -> Any:
 def describe_layers(job: EngineJob) -> dict[str, Any]:
     """In a worker: list the layers of an engine built for that; columns that sum them up."""
     with tensorrt_runner.primary_context() as device:
-        found = keep_engine(job, identify(job, device))
+        found = keep_engine(job, device)
         plan = tensorrt_runner.read_plan(Path(found["engine_file"]))
         with Runner(plan, max(job.engine_batch_sizes), cuda_graph=False) as runner:
             layers = runner.layers()
@@ -774,19 +766,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--engine-dir", type=Path, help="for ONNX files and engines; in the run's folder if absent")
     add("--export-only", action="store_true", help="write and check the files, measure nothing")
     add("--layers", action="store_true", help="list the layers of each engine (a second build)")
-    add(
-        "--optimization-level",
-        type=int,
-        choices=range(6),
-        default=3,
-        help="of TensorRT's builder: higher searches longer for faster kernels",
-    )
-    add(
-        "--cuda-graph",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="replay TensorRT engines as CUDA graphs",
-    )
+    level = "of TensorRT's builder: higher searches longer for faster kernels"
+    add("--optimization-level", type=int, choices=range(6), default=3, help=level)
+    replay = "replay TensorRT engines as CUDA graphs"
+    add("--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help=replay)
     args = cli.parse_quick(parser, argv, QUICK)
     args.model = args.model or newest_network()
     args.dataset = args.dataset or dataset_of(args.model)
@@ -818,7 +801,7 @@ def choose_candidates(wanted: Sequence[str] | None, device: str, own: bool) -> l
 def choose_exports(names: Sequence[str]) -> list[str]:
     """The exports that these candidates read, and the one that 8-bit exports start from."""
     wanted = {CANDIDATES[name].export for name in names}
-    if any(export in EXPORTS and EXPORTS[export][1] for export in wanted):
+    if any(CANDIDATES[name].precision in EIGHT_BIT for name in names):
         wanted.add("fp16")
     return [export for export in EXPORTS if export in wanted]
 
@@ -844,19 +827,20 @@ def make_jobs(
     jobs = []
     for name in names:
         candidate = CANDIDATES[name]
-        precision, on_gpu = candidate.precision, candidate.device == "cuda"
-        of_candidate = replace(
-            job,
-            candidate=name,
-            build=candidate.build,
-            precision=precision,
-            export=exports.get(candidate.export or "", {}),
-            needs_module=candidate.export is None,
-            missing=why_missing(candidate, run.device, exports),
-            columns=columns | {"precision": precision},
-            graph_baseline=GRAPH_BASELINES.get(precision) if on_gpu else None,
+        on_gpu, precision = candidate.device == "cuda", candidate.precision
+        jobs.append(
+            replace(
+                job,
+                candidate=name,
+                build=candidate.build,
+                precision=precision,
+                export=exports.get(candidate.export or "", {}),
+                needs_module=candidate.export is None,
+                missing=why_missing(candidate, run.device, exports),
+                columns=columns | {"precision": precision},
+                graph_baseline=GRAPH_BASELINES.get(precision) if on_gpu else None,
+            )
         )
-        jobs.append(of_candidate)
     return jobs
 
 
@@ -875,7 +859,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         opened = benchmark.open_run(args, part2_network, images=not args.export_only)
         run = stack.enter_context(opened)
         engine_dir = cli.make_output_dir(args.engine_dir or run.folder / "engines", "--engine-dir")
-        stack.enter_context(benchmark.hold_folder(engine_dir))
+        stack.enter_context(benchmark.hold_folder(engine_dir, "--engine-dir"))
         job = EngineJob(
             candidate="",
             build=build_eager,
@@ -888,7 +872,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             engine_batch_sizes=tuple(sorted(run.batch_sizes)),
             optimization_level=args.optimization_level,
             cuda_graph=args.cuda_graph,
-            capability=torch.cuda.get_device_capability() if device == "cuda" else (0, 0),
         )
         reference = make_reference(run)
         exports = export_all(run, choose_exports(names), job, reference, args.onnx)
@@ -897,7 +880,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(run.folder / "exports.csv")
             return int(failed)
         jobs = add_engines(make_jobs(run, names, job, exports), args.layers)
-        check, on_gpu = parity_check(reference), device == "cuda"
+        check, on_gpu = functools.partial(check_parity, reference), device == "cuda"
         rows = benchmark.measure(run, jobs, "tensorrt.csv", COLUMNS, check, transfers=on_gpu)
         return benchmark.finish(run, "tensorrt.csv", rows, SHOWN) or int(failed)
 

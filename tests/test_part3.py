@@ -1,6 +1,7 @@
 """Part 3 from its command line: files, tables, reasons, bad input; candidates on stand-ins."""
 
 import contextlib
+import functools
 import gc
 import json
 import math
@@ -23,9 +24,9 @@ import part3_tensorrt as part3
 from tests import tensorrt_standin as standin
 from tests.test_onnx_tools import DIGITS, digit_inputs, export, small_cnn
 from tests.test_training import fake_cuda_graphs
-from utils import benchmark, data, onnx_tools, timing
+from utils import benchmark, data, evaluation, onnx_tools, timing
 from utils.models import load_model
-from utils.workers import Outcome, UnavailableError, attempt
+from utils.workers import Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "vit_digits", "--batch-sizes", "4", "--rounds", "2", "--device", "cpu"]
@@ -183,15 +184,14 @@ def test_failed_export_is_a_row_and_leaves_no_older_file(
         path.write_text("older")
     run: Any = types.SimpleNamespace(source=DIGITS, model=model)
     reference = digits_reference(Overflowing())
-    row = part3.make_export(run, "fp16", make_job(tmp_path), reference, Outcome("ok"))
-    assert row["status"] == "failed"
-    assert reason in row["reason"]
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UnavailableError, match="starts from the fp16 file"):
-        part3.find_ranges(run, row, ["int8"], make_job(tmp_path))
-    without = attempt(part3.find_ranges, run, row, ["int8"], make_job(tmp_path))
-    row = part3.make_export(run, "int8", make_job(tmp_path), reference, without)
+    ranges = functools.partial(part3.find_ranges, run, {"status": "failed"})
+    half = part3.make_export(run, "fp16", make_job(tmp_path), reference, ranges)
+    assert half["status"] == "failed"
+    assert reason in half["reason"]
+    row = part3.make_export(run, "int8", make_job(tmp_path), reference, ranges)
     assert row["status"] == "unavailable"
+    assert not {"file", "calibration_images"} & (half.keys() | row.keys())
+    assert list(tmp_path.iterdir()) == []
     missing = part3.why_missing(part3.CANDIDATES["tensorrt-int8"], "cuda", {"int8": row})
     assert missing is not None
     assert missing.reason.startswith("no int8 file: it starts from")
@@ -229,7 +229,7 @@ def test_exports_are_those_that_the_candidates_read():
     assert part3.choose_exports(["torch-fp32"]) == []
     assert part3.choose_exports(["tensorrt-tf32", "onnxruntime-cuda"]) == ["fp32"]
     assert part3.choose_exports(["tensorrt-fp8"]) == ["fp16", "fp8"]
-    assert part3.choose_exports(["tensorrt-own"]) == []
+    assert part3.choose_exports(["tensorrt-own"]) == ["own"]
 
 
 def test_candidates_of_a_gpu_run_bring_their_baselines():
@@ -399,19 +399,21 @@ def test_engine_that_computes_something_else_is_not_timed(
 ):
     (job,) = part3.add_engines([make_job(tmp_path, export=half)], layers=False)
     variant = part3.build_tensorrt(nn.Identity(), digit_inputs(4), job)
-    how = load_model(DIGITS).preprocessing
+    preprocessing = load_model(DIGITS).preprocessing
     reference = digits_reference(small_cnn())
 
     def predict(images: np.ndarray) -> np.ndarray:
-        batches = torch.from_numpy(images).split(4)
-        return np.concatenate([variant.call(data.preprocess(b, how)).numpy() + 0 for b in batches])
+        tensor = torch.from_numpy(images)
+        return evaluation.predict(
+            lambda x: variant.call(x).clone(), tensor, preprocessing, 4
+        ).numpy()
 
     row: dict[str, Any] = {"candidate": "tensorrt-fp16"}
-    part3.parity_check(reference)(row, predict)
+    part3.check_parity(reference, row, predict)
     assert row["parity_cosine"] > 0.999
     other = replace(reference, logits=reference.logits.roll(1, 1))
     with pytest.raises(part3.ParityError, match=r"with PyTorch's logits, wanted 0\.999"):
-        part3.parity_check(other)(row, predict)
+        part3.check_parity(other, row, predict)
     assert row["parity_images"] == 8
     part3._opened.close()
 
@@ -492,4 +494,5 @@ def test_second_run_in_the_same_folder_waits(tmp_path: Path, capsys: pytest.Capt
     flags = ["--candidates", "torch-cpu", "--export-only", "--engine-dir", str(engines)]
     with benchmark.hold_folder(engines):
         assert part3.main([*SMALL, *flags, "--output-dir", str(tmp_path)]) == 2
-    assert "another run works in" in capsys.readouterr().err
+    assert "another run works in" in (message := capsys.readouterr().err)
+    assert "--engine-dir" in message

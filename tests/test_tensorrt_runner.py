@@ -62,7 +62,7 @@ def build(onnx_file: Path, folder: Path, **changes: Any) -> Path:
     """Have the engine; where its plan lies."""
     job = make_job(onnx_file, folder, **changes)
     with primary_context() as device:
-        return Path(part3.keep_engine(job, part3.identify(job, device))["engine_file"])
+        return Path(part3.keep_engine(job, device)["engine_file"])
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ floats, with a pair each: TensorRT folds them when it builds. Scales are symmetr
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ ANY_SIZE = 1 << 40  # of a constant that is folded
 
 LARGEST = {"int8": 127.0, "fp8": 448.0}  # of the 8-bit type
 TYPES = {"int8": ir.DataType.INT8, "fp8": ir.DataType.FLOAT8E4M3FN}
-FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 FEWEST_CHANNELS = 16  # a narrower product does not fill an 8-bit matrix instruction
 LEAST_WORK = 10.0  # percent of the multiply-adds: with fewer in 8 bits a network is not quantised
 CLIPPING = np.linspace(0.3, 1.0, 36)  # of the largest magnitude seen: candidates for an int8 range
@@ -84,18 +82,8 @@ def save_onnx(model: ir.Model, path: Path) -> None:
 
 
 def onnx_files(path: Path) -> list[Path]:
-    """An ONNX file and those beside it that hold its weights.
-
-    Raises:
-        ValueError: it is not an ONNX file.
-    """
-    try:
-        model = ir.load(path)
-    except OSError:
-        raise
-    except Exception as error:  # protobuf's own, of several versions
-        raise ValueError(f"{path} is no ONNX file, or not a whole one") from error
-    weights = [value.const_value for value in model.graph.initializers.values()]
+    """An ONNX file and those beside it that hold its weights."""
+    weights = [value.const_value for value in ir.load(path).graph.initializers.values()]
     return [path, *sorted({Path(w.path) for w in weights if isinstance(w, ir.ExternalTensor)})]
 
 
@@ -217,44 +205,25 @@ def onnx_cuda_session(path: Path) -> Callable[[Tensor], Tensor]:
 # --- where the 8-bit pairs go ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Site:
-    """One input of one node that gets a pair."""
+def find_products(graph: ir.Graph, kind: str, attention: bool) -> list[ir.Node]:
+    """The products to compute in 8 bits, in the file's order: both inputs of each get a pair.
 
-    node: ir.Node
-    position: int  # of the input
-    axis: int | None = None  # of a weight's output channels; None for an activation
-
-    @property
-    def value(self) -> Any:
-        """The tensor, an ir.Value."""
-        return self.node.inputs[self.position]
-
-
-def find_sites(graph: ir.Graph, parts: Sequence[str], kind: str) -> list[Site]:
-    """The inputs to quantise, in the file's order.
-
-    `linear`: convolutions and products with a constant, both inputs; see `choose_weighted`.
-    `attention`: products of two activations. `residual`: the skip of a sum, which is computed on
-    the way to the sum's other input.
+    They are convolutions and linear layers, see `choose_weighted`, and with `attention` also its
+    products of two activations.
     """
-    weighted, sources = choose_weighted(graph, kind), find_sources(graph)
-    sites = []
-    for node in graph:
-        skip = find_skip(node, sources)
-        if "linear" in parts and node in weighted:
-            sites += [Site(node, 0), Site(node, 1, weight_axis(node))]
-        elif "attention" in parts and node.op_type == "MatMul" and sources.keys() >= {*node.inputs}:
-            sites += [Site(node, 0), Site(node, 1)]
-        elif "residual" in parts and skip is not None:
-            sites.append(Site(node, skip))
-    return sites
+    weighted = choose_weighted(graph, kind)
+    return [node for node in graph if node in weighted or (attention and is_attention(node))]
 
 
-def find_activations(path: Path, parts: Sequence[str], kind: str) -> list[str]:
-    """Names of the activations that `find_sites` finds in a file."""
-    sites = find_sites(ir.load(path).graph, parts, kind)
-    return [site.value.name for site in sites if site.axis is None]
+def is_attention(node: ir.Node) -> bool:
+    """Whether it is a product of two activations."""
+    return node.op_type == "MatMul" and all(value.const_value is None for value in node.inputs)
+
+
+def find_activations(products: Iterable[ir.Node]) -> list[ir.Value]:
+    """The computed tensors among the inputs of products, each once."""
+    values = dict.fromkeys(value for node in products for value in node.inputs[:2])
+    return [value for value in values if value.const_value is None]
 
 
 def choose_weighted(graph: ir.Graph, kind: str) -> set[ir.Node]:
@@ -297,39 +266,36 @@ def count_work(node: ir.Node) -> int:
 
 def find_classifiers(graph: ir.Graph) -> set[ir.Node]:
     """The products that reach the output by nothing but AFTER_CLASSIFIER."""
-    sources, found, waiting = find_sources(graph), set(), list(graph.outputs)
+    found, waiting = set(), list(graph.outputs)
     while waiting:
-        node = waiting.pop().producer()
+        value = waiting.pop()
+        node = value.producer() if value is not None else None
         if node is not None and node.op_type in PRODUCTS:
             found.add(node)
-        elif node and node.op_type in AFTER_CLASSIFIER and find_skip(node, sources) is None:
+        elif node is not None and node.op_type in AFTER_CLASSIFIER and not is_residual(node):
             waiting += node.inputs
     return found
 
 
-def find_sources(graph: ir.Graph) -> dict[Any, int]:
-    """For each computed tensor the set of tensors that it is computed from, itself included.
-
-    A set is a whole number whose bit i stands for the i-th computed tensor.
-    """
-    sources: dict[Any, int] = {value: 1 << i for i, value in enumerate(graph.inputs)}
-    for node in graph:
-        inputs = 0
-        for value in node.inputs:
-            inputs |= sources.get(value, 0)
-        for value in node.outputs if inputs else ():
-            sources[value] = inputs | 1 << len(sources)
-    return sources
+def is_residual(node: ir.Node) -> bool:
+    """Whether it adds a tensor to one that is computed from it."""
+    if node.op_type != "Add":
+        return False
+    first, second = node.inputs
+    return first in find_sources(second) or second in find_sources(first)
 
 
-def find_skip(node: ir.Node, sources: Mapping[Any, int]) -> int | None:
-    """Which input of a residual sum the other one is computed from; None if it is no such sum."""
-    if node.op_type != "Add" or node.outputs[0].dtype not in FLOATS:
-        return None
-    first, second = (sources.get(value, 0) for value in node.inputs)
-    if first and second and first | second in (first, second):
-        return 0 if first | second == second else 1
-    return None
+def find_sources(value: ir.Value) -> set[ir.Value]:
+    """All that a tensor is computed from, itself included, but for constants."""
+    found, waiting = set(), [value]
+    while waiting:
+        value = waiting.pop()
+        if value is None or value.const_value is not None or value in found:
+            continue
+        found.add(value)
+        if node := value.producer():
+            waiting += node.inputs
+    return found
 
 
 # --- how wide their ranges are --------------------------------------------------------------------
@@ -398,15 +364,15 @@ def quantize_onnx(
     source: Path,
     target: Path,
     kind: str,
-    parts: Sequence[str],
+    attention: bool,
     ranges: Mapping[str, Range],
     per_channel: bool = True,
 ) -> dict[str, float]:
-    """Write `source` with pairs at the chosen parts; return what is quantised.
+    """Write `source` with pairs before the products of `find_products`; return what is quantised.
 
     Args:
         kind: `int8` or `fp8` (e4m3).
-        parts: what is quantised, of `linear`, `attention` and `residual`.
+        attention: whether attention's own products are quantised too.
         ranges: of `find_activations`, by `calibrate`.
         per_channel: a scale for each output channel of a weight, else one for all.
 
@@ -414,67 +380,75 @@ def quantize_onnx(
         UnavailableError: the network has nothing, or next to nothing, to quantise.
     """
     model = ir.load(source)
-    for part in parts:
-        if not find_sites(model.graph, [part], kind):
-            raise UnavailableError(f"nothing to quantise: {kind} could serve no {part} operators")
-    sites = find_sites(model.graph, parts, kind)
-    counts = count_quantized(model.graph, sites)
+    products = find_products(model.graph, kind, attention)
+    if attention and not any(map(is_attention, products)):
+        raise UnavailableError("nothing to quantise: the network has no attention")
+    counts = count_quantized(model.graph, products)
     if counts["quantized_work_percent"] < LEAST_WORK:
         raise UnavailableError(
             f"next to nothing to quantise: {counts['quantized_weights']} of {counts['weights']} "
             f"weights, {counts['quantized_work_percent']:.0f} % of the multiply-adds"
         )
-    insert_pairs(model.graph, sites, ranges, kind, per_channel)
+    insert_pairs(model.graph, products, kind, ranges, per_channel)
     save_onnx(model, target)
     return counts
 
 
-def count_quantized(graph: ir.Graph, sites: Sequence[Site]) -> dict[str, float]:
+def count_quantized(graph: ir.Graph, products: Sequence[ir.Node]) -> dict[str, float]:
     """How many weights and activations are quantised, and their share of all multiply-adds."""
-    chosen = {site.node for site in sites}
     work = {node: count_work(node) for node in graph if node.op_type in PRODUCTS}
-    quantized = sum(work[node] for node in work if node in chosen)
+    quantized = sum(work[node] for node in products)
     return {
-        "quantized_weights": len({site.value for site in sites if site.axis is not None}),
-        "weights": len({node.inputs[1] for node in work if weight_axis(node) is not None}),
-        "quantized_activations": len({site.value for site in sites if site.axis is None}),
+        "quantized_weights": count_weights(products),
+        "weights": count_weights(work),
+        "quantized_activations": len(find_activations(products)),
         "quantized_work_percent": 100 * quantized / max(1, sum(work.values())),
     }
 
 
+def count_weights(products: Iterable[ir.Node]) -> int:
+    """How many constants the products have as weights."""
+    return len({node.inputs[1] for node in products if weight_axis(node) is not None})
+
+
 def insert_pairs(
     graph: ir.Graph,
-    sites: Sequence[Site],
-    ranges: Mapping[str, Range],
+    products: Sequence[ir.Node],
     kind: str,
+    ranges: Mapping[str, Range],
     per_channel: bool,
 ) -> None:
-    """Put a pair on every site, in place; sites that read the same tensor share one."""
-    restored: dict[Any, Any] = {}
-    for site in sites:
-        value = site.value
-        if value not in restored:
-            if site.axis is None:
-                limits = np.array(ranges[value.name][kind == "int8"])
-            else:
-                weight = np.abs(value.const_value.numpy().astype(np.float32))
-                others = tuple(i for i in range(weight.ndim) if i != site.axis)
-                limits = weight.max(axis=others if per_channel else None)
-            restored[value] = _insert_pair(graph, site, limits, kind)
-        site.node.replace_input_with(site.position, restored[value])
+    """Put a pair before both inputs, in place; products that read the same tensor share one."""
+    restored: dict[ir.Value, ir.Value] = {}
+    for node in products:
+        for position, value in enumerate(node.inputs[:2]):
+            if value not in restored:
+                if value.const_value is None:
+                    limits = np.array(ranges[value.name][kind == "int8"])
+                else:
+                    limits = weight_limits(node, per_channel)
+                restored[value] = _insert_pair(graph, node, value, limits, kind)
+            node.replace_input_with(position, restored[value])
 
 
-def _insert_pair(graph: ir.Graph, site: Site, limits: np.ndarray, kind: str) -> ir.Value:
-    """Put QuantizeLinear and DequantizeLinear before a site's node; returns the restored tensor."""
-    value = site.value
+def weight_limits(node: ir.Node, per_channel: bool) -> np.ndarray:
+    """The largest magnitudes of a product's weight, `[channels]`, or the one of them all."""
+    weight = np.abs(node.inputs[1].const_value.numpy().astype(np.float32))
+    others = tuple(i for i in range(weight.ndim) if i != weight_axis(node))
+    return weight.max(axis=others if per_channel else None)
+
+
+def _insert_pair(
+    graph: ir.Graph, node: ir.Node, value: ir.Value, limits: np.ndarray, kind: str
+) -> ir.Value:
+    """Put QuantizeLinear and DequantizeLinear between a tensor and a node; the restored tensor."""
     scale = np.maximum(limits / LARGEST[kind], SMALLEST_SCALE).astype(value.dtype.numpy())
     zero = np.zeros(scale.shape, TYPES[kind].numpy())
     constants = []
     for name, array in {f"{value.name}_scale": scale, f"{value.name}_zero": zero}.items():
-        tensor = ir.tensor(array, name=name)
-        constants.append(ir.val(name, const_value=tensor))
+        constants.append(ir.val(name, const_value=ir.tensor(array, name=name)))
         graph.register_initializer(constants[-1])
-    axis = {"axis": site.axis} if scale.ndim else {}
+    axis = {"axis": weight_axis(node)} if scale.ndim else {}
     quantized = ir.val(f"{value.name}_quantized", TYPES[kind], value.shape)
     restored = ir.val(f"{value.name}_restored", value.dtype, value.shape)
     for operator, source, target in (
@@ -482,6 +456,6 @@ def _insert_pair(graph: ir.Graph, site: Site, limits: np.ndarray, kind: str) -> 
         ("DequantizeLinear", quantized, restored),
     ):
         name = f"{value.name}_{operator}"
-        node = ir.node(operator, [source, *constants], axis, outputs=[target], name=name)
-        graph.insert_before(site.node, node)
+        pair = ir.node(operator, [source, *constants], axis, outputs=[target], name=name)
+        graph.insert_before(node, pair)
     return restored
