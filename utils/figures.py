@@ -21,7 +21,7 @@ import pandas as pd
 
 from utils import cli, results
 
-Rows = Iterable[Mapping[str, Any]]
+Rows = Iterable[Mapping[Any, Any]]
 
 # By the first of these that a candidate's name holds; float32 is grey.
 COLOURS = {"fp8": "C4", "int8": "C3", "fp16": "C0", "bf16": "C9", "tf32": "C2", "": "dimgrey"}
@@ -49,8 +49,7 @@ def draw_run(rows: Rows, path: Path, machine: str) -> bool:
     Args:
         rows: of one model, with the columns of the script's CSV; the baseline comes first.
     """
-    table = pd.DataFrame(list(rows))
-    table = table[table.status == "ok"]
+    table = _ok(rows)
     if table.empty:
         return False
     table = table[table.threads == table.threads.max()]
@@ -66,9 +65,10 @@ def draw_run(rows: Rows, path: Path, machine: str) -> bool:
             _draw_candidates(axes, table, name, names, sizes)
             axes.set_xlabel(PANELS[name][0].format(table.candidate.iloc[0]))
         ms = last.latency_ms_median.where(last.batch_size == sizes[-1])
-        labels = [
-            name if x != x else f"{name}  {x:.3g} ms" for name, x in zip(names, ms, strict=True)
-        ]
+        labels = []
+        for name, x in zip(names, ms, strict=True):
+            number = f"{x:.3g}" if x < 1000 else f"{x:,.0f}"
+            labels.append(name if x != x else f"{name}  {number} ms")
         all_axes[0].set_yticks(range(len(names)), labels)
         all_axes[0].set_ylim(-0.6, len(names) - 0.4)
         for batch, marker in zip(sizes, MARKERS, strict=False):
@@ -118,8 +118,7 @@ def draw_study(rows: Rows, path: Path, machine: str) -> bool:
         rows: with columns `study`, `trial` (0 is the default configuration), `status` and
             `held_out_top1_percent`.
     """
-    table = pd.DataFrame(list(rows))
-    table = table[table.status == "ok"].sort_values("trial")
+    table = _ok(rows).sort_values("trial")
     if table.empty:
         return False
     best = table.groupby("study", sort=False).held_out_top1_percent.max()
@@ -150,8 +149,7 @@ def draw_final(rows: Rows, path: Path, machine: str) -> bool:
     """
     from scipy import stats
 
-    table = pd.DataFrame(list(rows))
-    table = table[table.status == "ok"]
+    table = _ok(rows)
     if table.empty:
         return False
     if table.study.nunique() > 1:
@@ -169,6 +167,11 @@ def draw_final(rows: Rows, path: Path, machine: str) -> bool:
         axes.set_yticks(range(len(groups)), list(groups))
         axes.set(xlabel="test top-1, %", ylim=(len(groups) - 0.5, -0.5))
     return True
+
+
+def _ok(rows: Rows) -> pd.DataFrame:
+    table = pd.DataFrame(list(rows))
+    return table[table.status == "ok"]
 
 
 @contextlib.contextmanager
@@ -209,14 +212,12 @@ def redraw(path: Path, output: Path, name: str) -> list[Path]:
             pictures = {f"{name}-{model}": rows for model, rows in models}
     else:
         return []
-    files = {output / f"{picture}.png": rows for picture, rows in pictures.items()}
-    return [
-        file for file, rows in files.items() if draw(_records(rows), file, _machine_of(path, rows))
-    ]
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): row[key] for key in row} for row in table.to_dict("records")]
+    drawn = []
+    for picture, rows in pictures.items():
+        file = output / f"{picture}.png"
+        if draw(rows.to_dict("records"), file, _machine_of(path, rows)):
+            drawn.append(file)
+    return drawn
 
 
 def _machine_of(path: Path, rows: pd.DataFrame) -> str:
