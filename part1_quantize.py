@@ -125,11 +125,9 @@ def build_bf16_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
 
 def build_int8_eager(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Dynamic int8 by PyTorch's eager-mode quantize_dynamic, per tensor."""
-    try:
-        from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
-        from torch.ao.quantization import quantize_dynamic
-    except ImportError as error:
-        raise UnavailableError(f"removed from this PyTorch: {error}") from error
+    from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
+    from torch.ao.quantization import quantize_dynamic
+
     # Before quantising: weights are packed for an engine.
     torch.backends.quantized.engine = pick_engine(torch.backends.quantized.supported_engines)
     layers = linear_layers(module, example)
@@ -152,8 +150,9 @@ def build_int8_torchao_bf16(module: nn.Module, example: Tensor, job: Job) -> Var
 
 def build_fp8_torchao_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Dynamic fp8 by torchao over a bfloat16 model, per row, compiled (GPU)."""
+    from torchao import quantization
+
     benchmark.check_capability("fp8")
-    quantization = import_torchao()
     config = quantization.Float8DynamicActivationFloat8WeightConfig(
         granularity=quantization.PerRow(), set_inductor_config=False
     )
@@ -218,7 +217,8 @@ def build_openvino_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant
 def build_openvino_int8(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """OpenVINO, dynamic int8 of linear layers, in groups of 32 channels; weights by NNCF."""
     model, seconds = read_openvino(module, example, job)
-    _, nncf = import_openvino()
+    import nncf  # after OpenVINO
+
     convolutions = nncf.IgnoredScope(types=["Convolution", "GroupConvolution"], validate=False)
     mode = nncf.CompressWeightsMode.INT8_ASYM
     with contextlib.redirect_stdout(io.StringIO()):  # its bars
@@ -230,7 +230,8 @@ def build_openvino_int8(module: nn.Module, example: Tensor, job: Job) -> Variant
 def build_openvino_int8_static(module: nn.Module, example: Tensor, job: Any) -> Variant:
     """OpenVINO, static int8 by NNCF, calibrated: what dynamic quantisation leaves on the table."""
     model, seconds = read_openvino(module, example, job)
-    _, nncf = import_openvino()
+    import nncf  # after OpenVINO
+
     images = torch.from_numpy(job.images).split(1)
     calibration = nncf.Dataset(images, lambda x: data.preprocess(x, job.preprocessing).numpy())
     with contextlib.redirect_stdout(io.StringIO()):
@@ -327,23 +328,16 @@ def compile_frozen(call: Callable[[Tensor], Tensor], example: Tensor) -> Callabl
     return compiled
 
 
-def import_torchao() -> Any:
-    """torchao.quantization, or UnavailableError."""
-    try:
-        import torchao.quantization
-    except ImportError as error:
-        raise UnavailableError(f"torchao is not installed: {error}") from error
-    return torchao.quantization
-
-
 def int8_torchao_config(example: Tensor) -> Any:
     """Per-token int8 activations, per-channel int8 weights."""
+    from torchao import quantization
+
     if example.is_cuda and len(example) <= INT8_ROWS_ON_GPU:
         raise UnavailableError(
             f"on a GPU int8 products need more than {INT8_ROWS_ON_GPU} rows, and the classifier "
             f"has one per image: use larger --batch-sizes"
         )
-    return import_torchao().Int8DynamicActivationInt8WeightConfig(
+    return quantization.Int8DynamicActivationInt8WeightConfig(
         set_inductor_config=False, reduce_range=not example.is_cuda and needs_7_bits()
     )
 
@@ -352,9 +346,11 @@ def quantize_torchao(
     module: nn.Module, example: Tensor, config: Any, dtype: torch.dtype
 ) -> Variant:
     """Quantise the linear layers of the module in `dtype`, then compile it."""
+    from torchao.quantization import quantize_
+
     layers = linear_layers(module, example)
     module = module.to(dtype)
-    import_torchao().quantize_(module, config, filter_fn=lambda _, name: name in layers)
+    quantize_(module, config, filter_fn=lambda _, name: name in layers)
     weights = [layer.weight for name, layer in module.named_modules() if name in layers]
     shapes = [tuple(weight.shape) for weight in weights if type(weight) is not nn.Parameter]
     call = compile_frozen(lambda x: module(x.to(dtype)), example)
@@ -375,7 +371,6 @@ def quantize_pt2e(module: nn.Module, example: Tensor, bf16: bool) -> Variant:
 
 def convert_pt2e(module: nn.Module, example: Tensor) -> Any:
     """Export, and put dynamic quantisers before the linear layers, however they are called."""
-    import_torchao()
     from torchao.quantization.pt2e import quantize_pt2e as pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
@@ -430,21 +425,12 @@ def export_onnx(module: nn.Module, example: Tensor, folder: Path) -> tuple[Path,
     return path, 0.0
 
 
-def import_openvino() -> tuple[Any, Any]:
-    """OpenVINO and NNCF; or UnavailableError."""
-    # Its import alone reports to its makers, unless they find the package for that missing.
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-    try:
-        import nncf
-        import openvino
-    except ImportError as error:
-        raise UnavailableError(f"pip install openvino nncf ({error})") from error
-    return openvino, nncf
-
-
 def read_openvino(module: nn.Module, example: Tensor, job: Job) -> tuple[Any, float]:
     """The exported model, and the seconds that the export took."""
-    openvino, _ = import_openvino()
+    # Its import alone reports to its makers, unless they find the package for that missing.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
+    import openvino
+
     path, seconds = export_onnx(module, example, job.folder)
     return openvino.Core().read_model(path), seconds
 
@@ -459,7 +445,8 @@ def run_openvino(
         seconds: that the export took.
         group_size: channels that share a scale of dynamically quantised activations; 0: none are.
     """
-    openvino, _ = import_openvino()
+    import openvino
+
     path = job.folder / f"{job.candidate}-{os.getpid()}.xml"
     openvino.save_model(model, path, compress_to_fp16=False)
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
