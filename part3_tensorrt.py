@@ -275,13 +275,12 @@ def compare_logits(logits: Tensor, reference: Reference) -> dict[str, Any]:
     if logits.shape != wanted.shape:
         raise ParityError(f"logits {list(logits.shape)}, PyTorch gives {list(wanted.shape)}")
     agreement = evaluation.percent(logits.argmax(1) == wanted.argmax(1))
-    values = (
-        evaluation.centred_cosine(logits, wanted),
-        (logits - wanted).abs().max().item(),
-        agreement if reference.classified else None,
-        len(logits),
-    )
-    return dict(zip(PARITY_COLUMNS, values, strict=True))
+    return {
+        "parity_cosine": evaluation.centred_cosine(logits, wanted),
+        "parity_max_difference": (logits - wanted).abs().max().item(),
+        "parity_agreement_percent": agreement if reference.classified else None,
+        "parity_images": len(logits),
+    }
 
 
 def check_parity(reference: Reference, row: dict[str, Any], predict: Predict) -> None:

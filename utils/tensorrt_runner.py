@@ -10,7 +10,6 @@ context that they live in: hold none outside `Runner`.
 import contextlib
 import functools
 import hashlib
-import importlib
 import json
 import traceback
 import types
@@ -24,7 +23,7 @@ PROFILED_RUNS = 10  # whose layer times are averaged
 
 
 class MissingError(ImportError):
-    """TensorRT, pycuda, or a GPU that they can use is missing."""
+    """A GPU that TensorRT and pycuda can use is missing."""
 
 
 class EngineError(RuntimeError):
@@ -34,25 +33,15 @@ class EngineError(RuntimeError):
 # --- libraries, context, messages -----------------------------------------------------------------
 
 
-def require_libraries() -> None:
-    """Raise MissingError unless TensorRT and pycuda are there and usable."""
-    try:
-        import tensorrt
-    except ImportError as error:
-        raise MissingError(f"TensorRT is not installed: {error}") from error
-    if not hasattr(tensorrt, "Builder"):  # a folder of type stubs imports as an empty package
-        raise MissingError("TensorRT is not installed: its package here is an empty stub")
-    try:
-        importlib.import_module("pycuda.driver")
-    except ImportError as error:
-        raise MissingError(f"pycuda is not usable: {error}") from error
-
-
 @contextlib.contextmanager
 def primary_context() -> Iterator[Any]:
-    """Make the first GPU's primary context current, PyTorch's own; yields the pycuda device."""
-    require_libraries()
+    """Make the first GPU's primary context current, PyTorch's own; yields the pycuda device.
+
+    Raises:
+        ImportError: TensorRT or pycuda is not installed, or MissingError: CUDA finds no GPU.
+    """
     import pycuda.driver as cuda
+    from tensorrt import Builder  # noqa: F401  # a folder of type stubs imports, but is empty
 
     try:
         cuda.init()
@@ -281,10 +270,9 @@ class Runner:
 
     def upload(self, images: np.ndarray) -> None:
         """Copy images from the host; asynchronous only if they are in pinned memory."""
-        if (images.shape, images.dtype) != (self.input_shape, np.float32):
-            raise ValueError(f"{images.dtype} {images.shape}: expected float32 {self.input_shape}")
-        if not images.flags.c_contiguous:
-            raise ValueError("expected images that are contiguous in memory")
+        found = images.shape, images.dtype, images.flags.c_contiguous
+        if found != (self.input_shape, np.float32, True):
+            raise ValueError(f"{found}: expected float32 {self.input_shape}, contiguous in memory")
         self._cuda.memcpy_htod_async(self._device[self._names[0]], images, self._stream)
 
     def copy_from_device(self, pointer: int, size: int) -> None:
@@ -376,9 +364,8 @@ def find_profile(engine: Any, name: str, batch_size: int) -> int:
     raise EngineError(f"batch size {batch_size} is outside the engine's profiles: {ranges}")
 
 
-def check_cuda(result: tuple[Any, ...]) -> Any:
-    """Unpack what cuda-bindings returns: (error, value…)."""
-    error, *values = result
+def check_cuda(result: tuple[Any]) -> None:
+    """Raise the error that a call of cuda-bindings returns, if it is one."""
+    (error,) = result
     if int(error) != 0:
         raise EngineError(f"CUDA: {error.name}")
-    return values[0] if values else None
