@@ -117,26 +117,26 @@ def shorten(recipe: Recipe) -> Recipe:
 
 
 def augment(
-    images: Tensor, labels: Tensor, classes: int, recipe: Recipe, how: Augmentation
+    images: Tensor, labels: Tensor, classes: int, size: int, strength: Augmentation
 ) -> tuple[Tensor, Tensor]:
-    """uint8 `[N, 3, H, W]`, labels `[N]` -> float `[N, 3, S, S]`, targets `[N, classes]`."""
-    n, size, device = len(images), recipe.architecture["image_size"], images.device
-    maps = training.random_affine(n, how.crop_area, how.rotation, how.flip, device)
+    """uint8 `[N, 3, H, W]`, labels `[N]` -> float `[N, 3, size, size]`, targets `[N, classes]`."""
+    n, device = len(images), images.device
+    maps = training.random_affine(n, strength.crop_area, strength.rotation, strength.flip, device)
     x = training.warp(images.float().div_(255), maps, size)
-    if how.colour:
-        x = training.random_colour(x, how.colour)
+    if strength.colour:
+        x = training.random_colour(x, strength.colour)
     mean, std = (training.channels(values, device) for values in (MEAN, STD))
     x = training.normalize(x.clamp_(0, 1), mean, std)
-    weights = training.mixing_weights(n, size, how.mixup, how.cutmix, device)
+    weights = training.mixing_weights(n, size, strength.mixup, strength.cutmix, device)
     x, targets = training.mix(x, F.one_hot(labels, classes).float(), weights)
     boxes = training.random_boxes(training.uniform((n,), 0.02, 0.33, device), size)
-    boxes &= torch.rand(n, 1, 1, 1, device=device) < how.erase
+    boxes &= torch.rand(n, 1, 1, 1, device=device) < strength.erase
     return x.masked_fill(boxes, 0), targets
 
 
-def calm_down(how: Augmentation) -> Augmentation:
+def calm_down(strength: Augmentation) -> Augmentation:
     """Views close to the real images, for the last epochs: less noise in the labels."""
-    return replace(how, mixup=0, cutmix=0, erase=0, crop_area=max(how.crop_area, 0.5))
+    return replace(strength, mixup=0, cutmix=0, erase=0, crop_area=max(strength.crop_area, 0.5))
 
 
 # --- teacher and student: images -> (logits [N, classes], tokens [N, T, channels]) ----------------
@@ -268,12 +268,13 @@ def make_step(
 ) -> Callable[[Tensor], Tensor]:
     """One optimisation step: indices of a batch `[N]` -> its loss, without waiting for a GPU."""
     recipe, images, on_gpu = task.recipe, task.train, task.device.type == "cuda"
-    how = calm_down(recipe.augmentation) if calm else recipe.augmentation
+    strength = calm_down(recipe.augmentation) if calm else recipe.augmentation
+    size = recipe.architecture["image_size"]
     forward = torch.compile(module) if on_gpu else module
 
     def step(batch: Tensor) -> Tensor:
         pixels, labels = images.images[batch], data.labels_of(images)[batch]
-        x, targets = augment(pixels, labels, len(images.classes), recipe, how)
+        x, targets = augment(pixels, labels, len(images.classes), size, strength)
         x = x.to(memory_format=training.memory_format(task.device))
         # On a CPU bf16 is seldom faster.
         with torch.autocast(task.device.type, torch.bfloat16, enabled=on_gpu):
@@ -304,13 +305,16 @@ def train_phase(
     make = functools.cache(functools.partial(make_step, module, optimizer, phase, loss, task))
     count = len(task.train)
     steps = max(1, count // phase.batch_size)  # in an epoch, all with full batches
+    all_steps, warmup = phase.epochs * steps, phase.warmup * steps
     bar = tqdm(range(phase.epochs), desc=name, unit="epoch", disable=None)
     for epoch in bar:
         step = make(epoch >= (1 - phase.calm) * phase.epochs)
         batches = torch.randperm(count, device=task.device).split(phase.batch_size)[:steps]
         total = torch.zeros((), device=task.device)
         for i, batch in enumerate(batches, start=epoch * steps):
-            set_rate(optimizer, i, phase, steps)
+            rate = training.warmup_cosine(i, all_steps, warmup, phase.learning_rate)
+            for group in optimizer.param_groups:
+                group["lr"].fill_(rate)
             total += step(batch)
             ema.update(module, step=i)
         if not math.isfinite(total):  # waits for the device, once in an epoch
@@ -320,13 +324,6 @@ def train_phase(
     minutes = (time.perf_counter() - begin) / 60
     facts = {"epochs": phase.epochs, "held_out_top1": round(top1, 2), "minutes": round(minutes, 2)}
     return ema.module, {f"{name}_{key}": value for key, value in facts.items()}
-
-
-def set_rate(optimizer: torch.optim.Optimizer, step: int, phase: Phase, steps: int) -> None:
-    """The learning rate of a step, counted from the first; `steps` are those of an epoch."""
-    total, warmup = phase.epochs * steps, phase.warmup * steps
-    for group in optimizer.param_groups:
-        group["lr"].fill_(training.warmup_cosine(step, total, warmup, phase.learning_rate))
 
 
 def top1_percent(call: Callable[[Tensor], Tensor], images: ImageSet, recipe: Recipe) -> float:
@@ -379,14 +376,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.seed_everything(args.seed)
     training.prepare_backend(device)
 
-    train_set = data.load_images(recipe.dataset, "train", args.data_dir)
-    split = data.ACCURACY_SPLIT[recipe.dataset]
-    test_set = data.load_images(recipe.dataset, split, args.data_dir)
-    if args.quick:
-        train_set, test_set = (
-            data.take_subset(images, min(len(images), QUICK_IMAGES), args.seed)
-            for images in (train_set, test_set)
-        )
+    load = functools.partial(
+        data.load_images, recipe.dataset, data_dir=args.data_dir, seed=args.seed, fewer=True
+    )
+    number = QUICK_IMAGES if args.quick else None
+    train_set = load("train", num_images=number)
+    test_set = load(data.ACCURACY_SPLIT[recipe.dataset], num_images=number)
     train, held_out = data.hold_out(data.to_device(train_set, device), recipe.held_out)
     vit, facts = train_reference(Task(recipe, train, held_out))
 
