@@ -14,7 +14,6 @@ import json
 import os
 import re
 import time
-import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -29,7 +28,7 @@ import torch
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 from sqlalchemy.exc import SQLAlchemyError
@@ -40,22 +39,17 @@ from utils.workers import Outcome, Worker, attempt
 
 Row = dict[str, Any]
 
-SAMPLERS = ("gp", "tpe", "random")
+SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+    "gp": optuna.samplers.GPSampler,
+    "tpe": optuna.samplers.TPESampler,
+    "random": optuna.samplers.RandomSampler,
+}
 TRIES = 3  # of a training whose process dies or whose seconds are off
 HOPELESS = 5  # stop when so many trainings have failed and none has succeeded
 MIN_COMPLETE = 25  # trials; with fewer, importances are noise
 DATABASE_ERRORS = (SQLAlchemyError, StorageInternalError)
-# And what a missing driver, a folder and a damaged journal raise.
-OPENING_ERRORS = (
-    *DATABASE_ERRORS,
-    AssertionError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+# And what a missing driver, a folder, an old schema and a damaged journal raise.
+OPENING_ERRORS = (*DATABASE_ERRORS, ImportError, LookupError, OSError, RuntimeError, ValueError)
 
 # --- storages -------------------------------------------------------------------------------------
 
@@ -75,7 +69,7 @@ def opened(text: str) -> Iterator[BaseStorage]:
                 storage: BaseStorage = RDBStorage(text, engine_kwargs={"pool_pre_ping": True})
             else:
                 stack.enter_context(_owned(Path(text)))
-                storage = JournalStorage(JournalFileBackend(text, lock_obj=_NoLock(text)))
+                storage = JournalStorage(JournalFileBackend(text))
         with _in_one_line(text, DATABASE_ERRORS):
             yield storage
 
@@ -107,6 +101,7 @@ def _owned(path: Path) -> Iterator[None]:
                 f"{path} is in use by another run: wait for its end, or name another --storage"
             ) from error
         _drop_torn_line(path)
+        Path(f"{path}.lock").unlink(missing_ok=True)  # Optuna's own, which outlives a kill
         yield
 
 
@@ -114,26 +109,13 @@ def _drop_torn_line(path: Path) -> None:
     """Cut off half a record, which a kill can leave: the next would make the journal unreadable.
 
     Raises:
-        ValueError: it is no journal, or its last line is damaged, which Optuna notices too late.
+        ValueError: it is no journal.
     """
     content, start = path.read_bytes() if path.exists() else b"", b'{"op_code":'
     if content[: len(start)] != start[: len(content)]:
         raise ValueError("it is not a journal of Optuna's")
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole:
-        json.loads(whole.splitlines()[-1])
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-
-
-class _NoLock(JournalFileOpenLock):
-    """Optuna's own lock files outlive a kill, and the command holds the journal anyway."""
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        return
+    if content and not content.endswith(b"\n"):
+        os.truncate(path, content.rfind(b"\n") + 1)
 
 
 def open_study(storage: BaseStorage, name: str, setting: Row) -> optuna.Study:
@@ -156,18 +138,15 @@ def open_study(storage: BaseStorage, name: str, setting: Row) -> optuna.Study:
     return study
 
 
-def make_sampler(name: str, seed: int, begun: int, shared: bool) -> optuna.samplers.BaseSampler:
+def make_sampler(
+    name: str, seed: int, begun: int, shared: bool = False
+) -> optuna.samplers.BaseSampler:
     """A sampler that repeats no point of the `begun` trials that a study has.
 
-    Nor of another machine that begins at the same moment, if the storage is shared.
+    In a `shared` storage it ignores the seed: another machine may begin at the same moment.
     """
-    numbers = (seed, begun, uuid.getnode() if shared else 0)
-    mixed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    if name == "gp":
-        return optuna.samplers.GPSampler(seed=mixed)
-    if name == "tpe":
-        return optuna.samplers.TPESampler(seed=mixed)
-    return optuna.samplers.RandomSampler(mixed)
+    mixed = int(np.random.SeedSequence((seed, begun)).generate_state(1)[0])
+    return SAMPLERS[name](seed=None if shared else mixed)
 
 
 # --- trials ---------------------------------------------------------------------------------------
@@ -208,54 +187,22 @@ def best_trials(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(complete, key=lambda trial: trial.value or 0.0, reverse=True)
 
 
-def missing(
-    study: optuna.Study,
-    configurations: Mapping[str, Row],
-    seeds: Iterable[int],
-    lost: Collection[tuple[str, int]] = (),
-) -> list[Row]:
-    """User attributes of the trainings that `queue` would queue.
+def queue(study: optuna.Study, configurations: Mapping[str, Row], seeds: Iterable[int]) -> None:
+    """Queue a training of each configuration with each seed, unless there is one.
 
-    Those of each configuration with each seed that are not there yet, or have failed in the end, or
-    are complete but `lost` (pairs of configuration and seed). The seeds outside: an interrupted
-    comparison is still a fair one.
+    One that has failed in the end is queued again. The seeds outside: an interrupted comparison is
+    still a fair one.
     """
-    last: dict[str, FrozenTrial] = {}  # its retries have higher numbers
-    for trial in study.get_trials(deepcopy=False):
-        last[_training(trial.user_attrs.get("hparams"), trial.user_attrs.get("seed"))] = trial
-    found = []
+    trials = study.get_trials(deepcopy=False)
     for seed in seeds:
         for name, hparams in configurations.items():
-            asked: Row = {"configuration": name, "hparams": hparams, "seed": seed}
-            done = last.get(_training(hparams, seed))
-            if not done:
-                found.append(asked)
-            elif done.state == TrialState.FAIL or (
-                done.state == TrialState.COMPLETE and (name, seed) in lost
-            ):
-                found.append(asked | {"retry_of": done.number})
-    return found
-
-
-def _training(hparams: Row | None, seed: int | None) -> str:
-    return json.dumps([hparams, seed], sort_keys=True)
-
-
-def queue(
-    study: optuna.Study,
-    configurations: Mapping[str, Row],
-    seeds: Iterable[int],
-    lost: Collection[tuple[str, int]] = (),
-) -> None:
-    """Queue a training of each configuration with each seed, as far as it is `missing`."""
-    for asked in missing(study, configurations, seeds, lost):
-        study.enqueue_trial({}, user_attrs=asked)
-
-
-def to_do(study: optuna.Study, *asked: Any) -> int:
-    """How many trainings there are until all of `missing(study, *asked)` and before are done."""
-    open_ones = [t for t in study.get_trials(deepcopy=False) if not t.state.is_finished()]
-    return len(open_ones) + len(missing(study, *asked))
+            asked: Row = {"hparams": hparams, "seed": seed}
+            same = [trial for trial in trials if asked.items() <= trial.user_attrs.items()]
+            if not same:
+                study.enqueue_trial({}, {"configuration": name, **asked})
+            elif same[-1].state == TrialState.FAIL:  # retries have higher numbers
+                failed = {"configuration": name, "retry_of": same[-1].number}
+                study.enqueue_trial({}, asked | failed)
 
 
 def try_again(study: optuna.Study, number: int, counted: bool = True) -> None:
@@ -308,10 +255,10 @@ class WorkerPool:
         """`ahead`: keep a job ready for each device, as it may take seconds to ask for one."""
         self.capacity = len(devices) * (2 if ahead else 1)
         self._threads = ThreadPoolExecutor(len(devices))
-        self._workers = {device: Worker() for device in devices}
-        self._idle: SimpleQueue[tuple[torch.device, Worker] | None] = SimpleQueue()
-        for pair in self._workers.items():
-            self._idle.put(pair)
+        self._workers: dict[torch.device, Worker] = {}
+        self._idle: SimpleQueue[torch.device] = SimpleQueue()
+        for device in devices:
+            self._idle.put(device)
 
     def submit(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Answer:
         """Call `function(*arguments, device)` in the next idle worker: see `_run`."""
@@ -319,34 +266,26 @@ class WorkerPool:
 
     def _run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Outcome, bool]:
         """The outcome, and whether the worker died of it."""
-        while (pair := self._idle.get()) and not pair[1].is_alive():
-            pass  # the main thread has replaced it, or will
-        if pair is None:
-            raise KeyboardInterrupt
-        device, worker = pair
-        outcome = attempt(worker.run, function, *arguments, device)
-        died = not outcome.ok and not worker.is_alive()
-        if outcome.ok:
-            self._idle.put(pair)
-        else:  # its GPU's context may be broken, or its memory full
-            worker.stop()
-        return outcome, died
-
-    def replace_dead(self) -> None:
-        """Start a worker where there is none any more; from the main thread."""
-        for device, worker in self._workers.items():
-            if not worker.is_alive():
-                self._workers[device] = Worker()
-                self._idle.put((device, self._workers[device]))
+        device = self._idle.get()
+        try:
+            worker = self._workers.get(device) or Worker()
+            self._workers[device] = worker
+            outcome = attempt(worker.run, function, *arguments, device)
+            died = not outcome.ok and not worker.is_alive()
+            if not outcome.ok:  # its GPU's context may be broken, or its memory full
+                worker.stop()
+                del self._workers[device]
+            return outcome, died
+        finally:
+            self._idle.put(device)
 
     def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in self._workers.values():
+        for worker in list(self._workers.values()):
             worker.stop()
-            self._idle.put(None)
         self._threads.shutdown()
 
 
@@ -354,7 +293,7 @@ def work_off(
     study: optuna.Study,
     pool: WorkerPool,
     space: Mapping[str, BaseDistribution],
-    job_of: Callable[[optuna.Trial], Job | None],
+    job_of: Callable[[optuna.Trial], Job],
     changed: Callable[[], Any],
     total: int | None = None,
     dead_after_s: float = 0.0,
@@ -366,7 +305,7 @@ def work_off(
 
     Args:
         space: of the sampler; empty for a queue.
-        job_of: what a trial is to do; None if nothing, as another machine emptied the queue.
+        job_of: what a trial is to do.
         changed: called after every trial.
         dead_after_s: so long, trials that others run are waited for: see `recover`.
 
@@ -381,13 +320,12 @@ def work_off(
             while True:
                 ours = [trial.number for trial in running.values()]
                 others = recover(study, ours, seen, dead_after_s)
-                pool.replace_dead()
                 while len(running) < pool.capacity and left(study, total) > 0:
                     trial = study.ask(dict(space))
-                    if job := job_of(trial):
-                        running[pool.submit(*job)] = trial
+                    if total is None and "hparams" not in trial.user_attrs:
+                        study.tell(trial, state=TrialState.FAIL)  # others emptied the queue
                     else:
-                        study.tell(trial, state=TrialState.FAIL)
+                        running[pool.submit(*job_of(trial))] = trial
                 _show(bar, study)
                 if not running and not others:
                     return
