@@ -408,6 +408,7 @@ def calibrate(
 ) -> dict[str, onnx_tools.Range]:
     """In a worker: the ranges, image by image, which bounds the memory."""
     graph = ir.load(path).graph
+    # All of them, whatever is exported, and in one order: it decides which values are sampled.
     products = onnx_tools.find_products(graph, "int8", attention=False)  # fp8's are among them
     products += onnx_tools.find_products(graph, "int8", attention=True)
     tensors = [value.name for value in onnx_tools.find_activations(products)]

@@ -144,17 +144,6 @@ class Dims:
         return len(self.values)
 
 
-class ParserError:
-    def __init__(self, node: str, text: str, code: str) -> None:
-        self.text, self.kind = f"In node {node}: {text}", code
-
-    def code(self) -> Any:
-        return types.SimpleNamespace(name=self.kind)
-
-    def __str__(self) -> str:
-        return self.text
-
-
 class Network(InContext):
     def __init__(self) -> None:
         self.model: Any = None
@@ -171,7 +160,7 @@ def shape_of(value: Any) -> Dims:
 
 class OnnxParser:
     def __init__(self, network: Network, logger: ILogger) -> None:
-        self.network, self.logger, self.errors = network, logger, list[ParserError]()
+        self.network, self.logger, self.errors = network, logger, list[str]()
 
     def parse_from_file(self, path: str) -> bool:
         if not Path(path).is_file():
@@ -180,13 +169,11 @@ class OnnxParser:
         try:
             model = onnx.load(path)
         except Exception as error:
-            text = f"cannot parse the file: {error}"
-            self.errors.append(ParserError("-1", text, "MODEL_DESERIALIZE_FAILED"))
+            self.errors.append(f"In node -1: cannot parse the file: {error}")
             return False
         for node in model.graph.node:
             if node.domain not in ("", "ai.onnx"):
-                text = f"no importer for {node.op_type}"
-                self.errors.append(ParserError(node.name, text, "UNSUPPORTED_NODE"))
+                self.errors.append(f"In node {node.name}: no importer for {node.op_type}")
         self.network.model = model
         return not self.errors
 
@@ -194,7 +181,7 @@ class OnnxParser:
     def num_errors(self) -> int:
         return len(self.errors)
 
-    def get_error(self, index: int) -> ParserError:
+    def get_error(self, index: int) -> str:
         return self.errors[index]
 
 
@@ -254,26 +241,21 @@ class BuilderConfig:
 
 
 class HostMemory:
+    """It has no length, but bytes can be made of it."""
+
     def __init__(self, content: bytes) -> None:
-        self.content, self.nbytes = content, len(content)
+        self.content = content
 
     def __bytes__(self) -> bytes:
         return self.content
 
 
-class Tensors:
-    """What an engine knows of one tensor."""
-
-    def __init__(self, value: Any, mode: Any) -> None:
-        self.shape, self.mode = shape_of(value), mode
-        self.kind = value.type.tensor_type.elem_type
-
-
 class Engine(InContext):
     def __init__(self, header: dict[str, Any], model: Any, logger: ILogger, modes: Any) -> None:
         self.profiles, self.detailed, self.logger = header["profiles"], header["detailed"], logger
-        self.tensors = {v.name: Tensors(v, modes.INPUT) for v in model.graph.input}
-        self.tensors |= {v.name: Tensors(v, modes.OUTPUT) for v in model.graph.output}
+        self.modes = {value.name: modes.INPUT for value in model.graph.input}
+        self.modes |= {value.name: modes.OUTPUT for value in model.graph.output}
+        self.tensors = {v.name: v for v in (*model.graph.input, *model.graph.output)}
         self.nodes = [node.name for node in model.graph.node]
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -293,13 +275,13 @@ class Engine(InContext):
         return list(self.tensors)[index]
 
     def get_tensor_mode(self, name: str) -> Any:
-        return self.tensors[name].mode
+        return self.modes[name]
 
     def get_tensor_dtype(self, name: str) -> Any:
-        return self.tensors[name].kind
+        return self.tensors[name].type.tensor_type.elem_type
 
     def get_tensor_shape(self, name: str) -> Dims:
-        return self.tensors[name].shape
+        return shape_of(self.tensors[name])
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[Dims]:
         return [Dims(shape) for shape in self.profiles[index][name]]

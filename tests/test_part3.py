@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import part3_tensorrt as part3
 from tests import tensorrt_standin as standin
 from tests.test_onnx_tools import DIGITS, digit_inputs, export, small_cnn
+from tests.test_tensorrt_runner import make_job, row_of
 from tests.test_training import fake_cuda_graphs
 from utils import benchmark, data, evaluation, onnx_tools, timing
 from utils.models import load_model
@@ -123,24 +124,6 @@ class WorkerHere(contextlib.nullcontext):
 
     def run(self, function: Any, *arguments: Any) -> Any:
         return function(*arguments)
-
-
-def make_job(folder: Path, **changes: Any) -> part3.EngineJob:
-    settings: dict[str, Any] = {
-        "candidate": "tensorrt-fp16",
-        "build": part3.build_tensorrt,
-        "source": DIGITS,
-        "device": "cuda",
-        "precision": "fp16",
-        "export": {},
-        "engine_dir": folder,
-        "timing_dir": folder,
-        "engine_batch_sizes": (1, 4),
-        "optimization_level": 3,
-        "cuda_graph": True,
-        "batch_size": 4,
-    }
-    return part3.EngineJob(**settings | changes)
 
 
 def digits_reference(module: nn.Module | None = None) -> part3.Reference:
@@ -294,7 +277,7 @@ def test_graph_candidate_keeps_the_weights_that_its_graph_reads(monkeypatch: pyt
 def half(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The row of a checked fp16 file of the small CNN."""
     path = export(small_cnn(), tmp_path_factory.mktemp("half") / "cnn.onnx", torch.float16)
-    return {"file": str(path), "sha256": onnx_tools.hash_onnx(path), "status": "ok"}
+    return row_of(path)
 
 
 @pytest.fixture

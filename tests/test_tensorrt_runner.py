@@ -18,7 +18,7 @@ import torch
 
 import part3_tensorrt as part3
 from tests import tensorrt_standin as standin
-from tests.test_onnx_tools import digit_inputs, export, small_cnn
+from tests.test_onnx_tools import DIGITS, digit_inputs, export, small_cnn
 from utils import tensorrt_runner
 from utils.onnx_tools import hash_onnx, onnx_session
 from utils.tensorrt_runner import EngineError, MissingError, Runner, primary_context, read_plan
@@ -42,25 +42,31 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[standin.Gpu]:
     assert (gpu.live, gpu.current, gpu.scratch, gpu.executables) == ({}, [], 0, 0)
 
 
-def make_job(onnx_file: Path, folder: Path, **changes: Any) -> part3.EngineJob:
+def make_job(folder: Path, **changes: Any) -> part3.EngineJob:
     settings: dict[str, Any] = {
         "candidate": "tensorrt-fp32",
         "build": part3.build_tensorrt,
-        "source": None,
+        "source": DIGITS,
         "device": "cuda",
-        "export": {"file": str(onnx_file), "sha256": hash_onnx(onnx_file)},
+        "export": {},
         "engine_dir": folder,
         "timing_dir": folder,
         "engine_batch_sizes": (1, 4),
         "optimization_level": 3,
         "cuda_graph": True,
+        "batch_size": 4,
     }
     return part3.EngineJob(**settings | changes)
 
 
+def row_of(onnx_file: Path) -> dict[str, str]:
+    """What its export's row says of a file that was checked."""
+    return {"file": str(onnx_file), "sha256": hash_onnx(onnx_file), "status": "ok"}
+
+
 def build(onnx_file: Path, folder: Path, **changes: Any) -> Path:
     """Have the engine; where its plan lies."""
-    job = make_job(onnx_file, folder, **changes)
+    job = make_job(folder, **{"export": row_of(onnx_file)} | changes)
     with primary_context() as device:
         return Path(part3.keep_engine(job, device)["engine_file"])
 
