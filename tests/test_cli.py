@@ -63,19 +63,16 @@ def test_good_values(convert: Callable[[str], Any], text: str, value: Any) -> No
 @pytest.mark.parametrize(
     ("convert", "text"),
     [
-        *((cli.positive_int, text) for text in ("", "0", "-1", "+1", "1.0", "1e3", "1_0", "x")),
-        *((cli.positive_int, text) for text in ("²", "٣", " 1")),
-        *((cli.positive_float, text) for text in ("", "0", "-1", "nan", "inf", "-inf", "x")),
-        *((cli.positive_float, text) for text in ("1e999", "1e-999")),
-        *((cli.int_list, text) for text in ("", ",", "1,", "1,,2", "1;2", "1,0", "1,x")),
+        *((cli.positive_int, text) for text in ("", "0", "-1", "+1", "1.0", "1_0", "²", "٣")),
+        *((cli.positive_float, text) for text in ("", "0", "-1", "nan", "inf", "1e999")),
+        *((cli.int_list, text) for text in ("", "1,", "1,,2", "1;2", "1,0")),
         *((cli.float_list, text) for text in ("", "0.5,", "x", "1,nan", "inf")),
-        *((cli.name_list, text) for text in ("", ",", " , ")),
+        *((cli.name_list, text) for text in ("", " , ")),
     ],
 )
 def test_bad_values(convert: Callable[[str], Any], text: str) -> None:
-    with pytest.raises(argparse.ArgumentTypeError) as caught:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"not a|at least one"):
         convert(text)
-    assert str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,6 @@ def test_environment_says_what_machine_this_is(monkeypatch: pytest.MonkeyPatch) 
         "load_average_1min",
         "gpu",
         "gpu_driver",
-        "gpu_max_sm_clock",
         "cuda",
         "libraries",
         "model",

@@ -94,12 +94,9 @@ def load_model(source: ModelSource) -> LoadedModel:
         torch.manual_seed(source.seed)
         model = load(source)
         model.module.eval().requires_grad_(False)
-        outputs = _count_outputs(model)
+        model = replace(model, num_classes=_count_classes(model))
         if source.untrained:
             open_scales(model.module, model.preprocessing.input_size)
-    # timm sets num_classes to 0 where a network ends before a classifier.
-    is_classifier = getattr(model.module, "num_classes", outputs) != 0
-    model = replace(model, num_classes=outputs if is_classifier else 0)
     if source.classes_file is None:
         return model
     classes = _read_classes(source.classes_file, model)
@@ -171,8 +168,8 @@ def _loader_of(source: ModelSource) -> Callable[[ModelSource], LoadedModel]:
     return _load_with_card
 
 
-def _count_outputs(model: LoadedModel) -> int:
-    """C of a model's logits `[N, C]`, from one black image."""
+def _count_classes(model: LoadedModel) -> int:
+    """C of a model's logits `[N, C]`, from one black image; 0 if they are features."""
     size = model.preprocessing.input_size
     try:
         with torch.no_grad():
@@ -183,7 +180,8 @@ def _count_outputs(model: LoadedModel) -> int:
             "choose another --input-size"
         ) from error
     if isinstance(output, Tensor) and output.ndim == 2:
-        return output.shape[1]
+        # timm sets num_classes to 0 where a network ends before a classifier.
+        return 0 if getattr(model.module, "num_classes", None) == 0 else output.shape[1]
     found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
     raise UserError(f"{model.name} gives {found} for one image, not [1, C]: choose a classifier")
 

@@ -139,6 +139,7 @@ def environment(**extra: Any) -> dict[str, Any]:
     """CPU or GPU, driver, library versions, commit, command line and time."""
     gpu = torch.cuda.is_available()
     cpu_flags = (_cpu_info("flags") or _cpu_info("Features")).split()  # x86, ARM
+    driver_query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
     root = str(Path(__file__).parent)
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
@@ -152,8 +153,7 @@ def environment(**extra: Any) -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "load_average_1min": round(os.getloadavg()[0], 2),
         "gpu": torch.cuda.get_device_name() if gpu else None,
-        "gpu_driver": _gpu_query("driver_version") if gpu else None,
-        "gpu_max_sm_clock": _gpu_query("clocks.max.sm") if gpu else None,
+        "gpu_driver": _output_of(*driver_query) if gpu else None,
         "cuda": torch.version.cuda if gpu else None,
         "libraries": _library_versions(),
         **extra,
@@ -178,10 +178,6 @@ def _output_of(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip() or None
-
-
-def _gpu_query(field: str) -> str | None:
-    return _output_of("nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader", "--id=0")
 
 
 def _cpu_info(key: str) -> str:
