@@ -131,13 +131,13 @@ def test_row_without_scorable_classes_keeps_fidelity_and_leaves_accuracy_empty()
 
 def test_predict_fills_the_last_batch_and_drops_the_filling():
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 3, 4, 4)
-    how = data.Preprocessing(4, (0.0,) * 3, (1.0,) * 3)
+    raw = data.Preprocessing(4, (0.0,) * 3, (1.0,) * 3)
     sizes: list[int] = []
 
     def call(x: torch.Tensor) -> torch.Tensor:
         sizes.append(len(x))
         return 255 * x[:, :, 0, 0]
 
-    logits = evaluation.predict(call, images, how, batch_size=4)
+    logits = evaluation.predict(call, images, raw, batch_size=4)
     assert sizes == [4, 4, 4]
     assert logits[:, 0].round().tolist() == list(range(10))

@@ -531,8 +531,8 @@ def local_folder(folder: Path, state: dict[str, Tensor] | None = None, **config:
 
 
 def test_timms_own_folders(own_state: dict[str, Tensor], tmp_path: Path) -> None:
-    how = {"input_size": [3, 64, 64], "mean": [0.1] * 3, "std": [0.2] * 3}
-    config = {"num_classes": 7, "pretrained_cfg": how | {"interpolation": "bilinear"}}
+    own = {"input_size": [3, 64, 64], "mean": [0.1] * 3, "std": [0.2] * 3}
+    config = {"num_classes": 7, "pretrained_cfg": own | {"interpolation": "bilinear"}}
     loaded = load(local_folder(tmp_path / "mine", own_state, **config))
     assert loaded.module.state_dict()["fc.weight"].equal(own_state["fc.weight"])
     assert loaded.preprocessing == Preprocessing(64, (0.1,) * 3, (0.2,) * 3, "bilinear")
@@ -698,8 +698,8 @@ def image_set(*classes: str) -> ImageSet:
 
 
 def model_of(classes: tuple[str, ...] | None, trained: bool = True, count: int = 0) -> LoadedModel:
-    how = Preprocessing(4, (0.5,), (0.5,))
-    return LoadedModel("model", nn.Identity(), how, classes, trained, num_classes=count)
+    half = Preprocessing(4, (0.5,), (0.5,))
+    return LoadedModel("model", nn.Identity(), half, classes, trained, num_classes=count)
 
 
 def test_scored_logits_of_the_models_own_classes() -> None:

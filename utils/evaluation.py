@@ -109,9 +109,7 @@ def centred_cosine(logits: Tensor, baseline: Tensor) -> float:
     return cosine.masked_fill((x == y).all(1), 1.0).mean().item()  # constant logits have no angle
 
 
-def paired_difference(
-    correct: Tensor, correct_baseline: Tensor, confidence: float = 0.95
-) -> Difference:
+def paired_difference(correct: Tensor, correct_baseline: Tensor) -> Difference:
     """Difference of two accuracies measured on the same images, in percentage points.
 
     The interval is Bonett and Price's (2012), a Wald interval with one pseudo-observation in each
@@ -126,7 +124,7 @@ def paired_difference(
     lost = int((~correct & correct_baseline).sum())
     p_gained, p_lost = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     centre = p_gained - p_lost
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    z = NormalDist().inv_cdf(0.975)
     half = z * ((p_gained + p_lost - centre**2) / (n + 2)) ** 0.5
     low, high = max(-1.0, centre - half), min(1.0, centre + half)
     return Difference(100 * (gained - lost) / n, 100 * low, 100 * high)

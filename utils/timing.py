@@ -134,9 +134,9 @@ def warm_up(time_block: TimeBlock) -> float:
     return latency
 
 
-def calls_per_block(latency_ms: float, block_seconds: float, most: int = 1000) -> int:
-    """How many calls fill a block: at least 1, at most `most`."""
-    return max(1, min(most, math.ceil(block_seconds * 1e3 / max(latency_ms, 1e-6))))
+def calls_per_block(latency_ms: float, block_seconds: float) -> int:
+    """How many calls fill a block: at least 1, at most 1000."""
+    return max(1, min(1000, math.ceil(block_seconds * 1e3 / max(latency_ms, 1e-6))))
 
 
 def measure_rounds(
