@@ -617,7 +617,8 @@ def run_training(
     final, compiled = stage == "final", setting.compile and stage != "search"
     gc.collect()  # an earlier training's memory
     torch.cuda.empty_cache()
-    prepare_backend(device, setting.threads, benchmark=compiled)
+    torch.set_num_threads(setting.threads)
+    prepare_backend(device, benchmark=compiled)
     task, scored = load_task(setting, final, device)
     network = start_network(hparams, len(scored.classes), task, seed)
     done = train(network, hparams, task, setting.train_seconds, compiled)

@@ -756,20 +756,9 @@ def test_a_study_of_another_budget_or_device_is_refused_in_one_line(tune, monkey
     assert "now it is another, 1 threads" in line
 
 
-def test_a_failed_final_training_is_a_row_and_exit_code_1(tune, tmp_path: Path, capsys):
-    def fail(hparams: part2.HParams, seed: int, final: bool) -> float:
-        if final and seed == 1:
-            raise ValueError("no such thing")
-        return 50.0
-
-    assert tune(Trainings(fail), "--stage", "final") == 1
-    final = read(tmp_path, "final")
-    assert final.status.tolist() == ["ok", "failed"]
-    assert final.reason[1] == "ValueError: no such thing"
-    assert "default, seed 1: ValueError: no such thing" in capsys.readouterr().out
-
-
-def test_the_same_command_again_repairs_what_failed(tune, tmp_path: Path):
+def test_a_failed_final_training_is_exit_code_1_and_the_same_command_repairs_it(
+    tune, tmp_path: Path, capsys
+):
     broken = True
 
     def troubled(hparams: part2.HParams, seed: int, final: bool) -> float:
@@ -778,12 +767,15 @@ def test_the_same_command_again_repairs_what_failed(tune, tmp_path: Path):
         return 50.0
 
     assert tune(Trainings(troubled), "--stage", "final") == 1
+    final = read(tmp_path, "final")
+    assert final.status.tolist() == ["ok", "failed"]
+    assert final.reason[1] == "ValueError: no such thing"
+    assert "default, seed 1: ValueError: no such thing" in capsys.readouterr().out
     broken = False
     again = Trainings(troubled)
     assert tune(again, "--stage", "final") == 0
     assert [seed for _, seed, _ in again.asked] == [1]
-    final = read(tmp_path, "final")
-    assert final.status.tolist() == ["ok", "retried", "ok"]
+    assert read(tmp_path, "final").status.tolist() == ["ok", "retried", "ok"]
     assert read(tmp_path, "summary").trainings.tolist() == [2]
 
 

@@ -198,11 +198,9 @@ def queue(study: optuna.Study, configurations: Mapping[str, Row], seeds: Iterabl
         for name, hparams in configurations.items():
             asked: Row = {"hparams": hparams, "seed": seed}
             same = [trial for trial in trials if asked.items() <= trial.user_attrs.items()]
-            if not same:
-                study.enqueue_trial({}, {"configuration": name, **asked})
-            elif same[-1].state == TrialState.FAIL:  # retries have higher numbers
-                failed = {"configuration": name, "retry_of": same[-1].number}
-                study.enqueue_trial({}, asked | failed)
+            if not same or same[-1].state == TrialState.FAIL:  # retries have higher numbers
+                failed = {"retry_of": same[-1].number} if same else {}
+                study.enqueue_trial({}, {"configuration": name, **asked, **failed})
 
 
 def try_again(study: optuna.Study, number: int, counted: bool = True) -> None:
