@@ -855,11 +855,9 @@ def report(tuning: Tuning) -> int:
         figures.draw_study(rows["trials"], folder / "trials.png", machine)
     if rows["final"]:
         figures.draw_final(rows["final"], folder / "final.png", machine)
-    results.print_table(rows["summary"], SHOWN)
-    print(folder)
     bad = [r for r in rows["finalists"] + rows["final"] if r["status"] not in ("ok", "retried")]
-    for row in bad:
-        print(f"{row['study']}, {row['configuration']}, seed {row['seed']}: {row['reason']}")
+    results.print_table(rows["summary"] + bad, SHOWN)
+    print(folder)
     return int(any(row["status"] == "failed" for row in bad))
 
 
@@ -956,7 +954,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Search, compare finalists, train default and winner, report."""
     args = parse_args(argv)
     cli.check_threads([args.threads])
-    cli.check_name(args.dataset, data.DATASETS, "data set")
     environment = results.environment(threads=args.threads)
     on_gpu = args.device.type == "cuda"
     cpu = f"{environment['cpu']}, {args.threads} threads"

@@ -275,18 +275,6 @@ def test_what_failed_in_the_end_is_queued_again_once(journal: Path) -> None:
         assert [trial.number for trial in study.finished(found)] == [1]
 
 
-def test_a_study_is_done_when_nothing_waits_or_runs(journal: Path) -> None:
-    with study.opened(str(journal)) as storage:
-        found = study.open_study(storage, "finalists", SETTING)
-        assert study.is_done(found)
-        found.enqueue_trial(DEFAULT)
-        assert not study.is_done(found)
-        trial = found.ask()
-        assert not study.is_done(found)
-        found.tell(trial, 1.0)
-        assert study.is_done(found)
-
-
 def test_a_trial_that_has_ended_is_not_tried_again(journal: Path) -> None:
     with study.opened(str(journal)) as storage:
         found = study.open_study(storage, "search", SETTING)
