@@ -88,13 +88,15 @@ def command(main: Callable[[Sequence[str] | None], int]) -> Callable[..., int]:
             check_interrupt()
             return code
         except UserError as error:
-            return _end(f"error: {' '.join(str(error).split())}", 2)
+            message, code = f"error: {' '.join(str(error).split())}", 2
         except OSError as error:
             if not isinstance(error, results.OutputError) and error.errno != errno.ENAMETOOLONG:
                 raise
-            return _end(f"error: {error.filename}: {error.strerror}{_kept()}", 2)
+            message, code = f"error: {error.filename}: {error.strerror}{_kept()}", 2
         except KeyboardInterrupt:
-            return _end(f"interrupted{_kept()}", 130)
+            message, code = f"interrupted{_kept()}", 130
+        print(message, file=sys.stderr)
+        return code
 
     return wrapper
 
@@ -116,11 +118,6 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 def _kept() -> str:
     return "; kept: " + ", ".join(map(str, results.written)) if results.written else ""
-
-
-def _end(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
-    return code
 
 
 def positive_int(text: str) -> int:

@@ -110,8 +110,19 @@ def print_table(rows: Iterable[Row], columns: Mapping[str, tuple[str, str]]) -> 
         print(" ".join([name.ljust(widths[0]), *padded]))
     if left_out := [cells[0] for cells in filled[fitting:]]:
         print(f"not shown for lack of width: {', '.join(left_out)}")
-    for (status, reason), names in _reasons(rows, next(iter(columns))).items():
-        text = f"{status}: {', '.join(names)}: {reason}"
+    _print_reasons(rows, name_column=next(iter(columns)))
+
+
+def _print_reasons(rows: Iterable[Row], name_column: str) -> None:
+    """A line for each status and reason, with the rows that share them; of ok rows it is a note."""
+    sharing: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        status, reason = row.get("status", "ok"), row.get("reason") or ""
+        if status != "ok" or reason:
+            kind = "note" if status == "ok" else status
+            sharing.setdefault((kind, reason), []).append(str(row[name_column]))
+    for (kind, reason), names in sharing.items():
+        text = f"{kind}: {', '.join(dict.fromkeys(names))}: {reason}"
         print(textwrap.fill(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False))
 
 
@@ -122,17 +133,6 @@ def _cell(row: Row, column: str, spec: str) -> str:
     if spec == "ratio":
         return f"{value:.2f} ({row[f'{column}_p10']:.1f}{DASH}{row[f'{column}_p90']:.1f})"
     return format(value, spec)
-
-
-def _reasons(rows: Iterable[Row], name: str) -> dict[tuple[str, str], list[str]]:
-    """The names of the rows that share a status and a reason; of rows that are ok it is a note."""
-    groups: dict[tuple[str, str], list[str]] = {}
-    for row in rows:
-        status, reason = row.get("status", "ok"), row.get("reason") or ""
-        if status != "ok" or reason:
-            names = groups.setdefault(("note" if status == "ok" else status, reason), [])
-            names.extend({str(row[name])} - set(names))
-    return groups
 
 
 def environment(**extra: Any) -> dict[str, Any]:
