@@ -315,6 +315,8 @@ def calibrate(
     Raises:
         FloatingPointError: a tensor holds NaN or infinity.
     """
+    if not tensors:  # ONNX Runtime wants an output
+        return {}
     generator = np.random.default_rng(0)
     largest = dict.fromkeys(tensors, 0.0)
     samples: dict[str, list[np.ndarray]] = {name: [] for name in tensors}
