@@ -313,7 +313,7 @@ def test_all_that_pillow_opens_is_taken_and_the_rest_is_counted(
     images = load_images("folder", "test", image_folder)
     assert data.labels_of(images).bincount().tolist() == [2, 2 + len(colours), 2]
     assert capsys.readouterr().out == (
-        f"note: {image_folder / 'test'}: files skipped: 3 .heic, 2 .png, "
+        f"note: {image_folder / 'test'}: 8 files skipped: 3 .heic, 2 .png, "
         "1 without ending, 1 .h5, 1 .txt\n"
     )
 
