@@ -927,7 +927,7 @@ def test_a_card_of_another_network_is_refused(setting, monkeypatch):
     card = path.with_suffix(".json")
     card.write_text(card.read_text().replace('"depths"', '"heads"'))
     with pytest.raises(UserError, match=r"part2_tune\.py"):
-        models.load_model(models.ModelSource(str(path), network=part2.SmallCNN))
+        load_network(path)
 
 
 @pytest.mark.skipif("CIFAR100_DIR" not in os.environ, reason="set CIFAR100_DIR to real images")

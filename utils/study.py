@@ -28,7 +28,7 @@ import torch
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 from sqlalchemy.exc import SQLAlchemyError
@@ -69,7 +69,7 @@ def opened(text: str) -> Iterator[BaseStorage]:
                 storage: BaseStorage = RDBStorage(text, engine_kwargs={"pool_pre_ping": True})
             else:
                 stack.enter_context(_owned(Path(text)))
-                storage = JournalStorage(JournalFileBackend(text))
+                storage = JournalStorage(JournalFileBackend(text, lock_obj=_NoLock(text)))
         with _in_one_line(text, DATABASE_ERRORS):
             yield storage
 
@@ -101,7 +101,6 @@ def _owned(path: Path) -> Iterator[None]:
                 f"{path} is in use by another run: wait for its end, or name another --storage"
             ) from error
         _drop_torn_line(path)
-        Path(f"{path}.lock").unlink(missing_ok=True)  # Optuna's own, which outlives a kill
         yield
 
 
@@ -116,6 +115,16 @@ def _drop_torn_line(path: Path) -> None:
         raise ValueError("it is not a journal of Optuna's")
     if content and not content.endswith(b"\n"):
         os.truncate(path, content.rfind(b"\n") + 1)
+
+
+class _NoLock(JournalFileOpenLock):
+    """Optuna's own does not stand a kill or a Ctrl-C, and the command holds the journal anyway."""
+
+    def acquire(self) -> bool:
+        return True
+
+    def release(self) -> None:
+        return
 
 
 def open_study(storage: BaseStorage, name: str, setting: Row) -> optuna.Study:
@@ -253,7 +262,7 @@ class WorkerPool:
         """`ahead`: keep a job ready for each device, as it may take seconds to ask for one."""
         self.capacity = len(devices) * (2 if ahead else 1)
         self._threads = ThreadPoolExecutor(len(devices))
-        self._workers: dict[torch.device, Worker] = {}
+        self._workers = {device: Worker() for device in devices}
         self._idle: SimpleQueue[torch.device] = SimpleQueue()
         for device in devices:
             self._idle.put(device)
