@@ -902,6 +902,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args.study_name = f"{args.dataset}-{args.train_seconds:g}s-{args.sampler}"
     if args.study_name in ("", ".", "..") or Path(args.study_name).name != args.study_name:
         raise cli.UserError(f"--study-name {args.study_name!r}: choose a name without slashes")
+    if args.image_size < 8:
+        raise cli.UserError(f"--image-size {args.image_size}: choose at least 8 pixels")
     args.folder = args.output_dir / args.study_name
     args.storage = args.storage or str(args.output_dir / "study.journal")
     return args

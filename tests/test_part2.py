@@ -892,6 +892,7 @@ def test_own_images_are_tuned_on(image_folder: Path, tmp_path: Path, monkeypatch
         ["--dataset", "cifar10"],
         ["--dataset", "folder", "--data-dir", "/nonexistent"],
         ["--image-size", "0"],
+        ["--image-size", "7"],
         ["--max-params", "10"],
         ["--storage", "nosuchdb://host/name"],
         ["--storage", "FOLDER/notes.txt"],
