@@ -438,9 +438,11 @@ def check_export(
         return row | {"reason": "compared as an engine only: ONNX Runtime has no bf16 on a CPU"}
     call = onnx_tools.onnx_session(path, threads, optimize=False)
     images = torch.from_numpy(reference.images)
-    logits = evaluation.predict(call, images, preprocessing, 3)  # it was exported with a batch of 2
-    logits[:1] = evaluation.predict(call, images[:1], preprocessing, 1)
-    return row | compare_logits(logits, reference)
+    some, others = images.tensor_split([max(1, len(images) // 4)])
+    logits = [evaluation.predict(call, some, preprocessing, 1)]  # exported with a batch of 2
+    if len(others):
+        logits.append(evaluation.predict(call, others, preprocessing, 3))
+    return row | compare_logits(torch.cat(logits), reference)
 
 
 def make_export(
@@ -448,7 +450,7 @@ def make_export(
     name: str,
     job: EngineJob,
     reference: Reference,
-    ranges: Callable[[], tuple[dict[str, onnx_tools.Range], int]],
+    ranges: Callable[[], Outcome],
 ) -> dict[str, Any]:
     """Make one of EXPORTS in a process of its own; a row of EXPORT_COLUMNS.
 
@@ -460,10 +462,12 @@ def make_export(
     target = job.engine_dir / f"{run_name(run.source)}-{name}.onnx"
     for old in (target, target.with_name(f"{target.name}.data")):
         old.unlink(missing_ok=True)
+    if precision in EIGHT_BIT and not ranges().ok:
+        return row | ranges().columns
     scratch = tempfile.TemporaryDirectory(dir=job.engine_dir, prefix=".unfinished-")
     with recorded(row), Worker() as worker, scratch as folder:
         path = Path(folder) / target.name
-        widths, images = ranges() if precision in EIGHT_BIT else ({}, None)
+        widths, images = ranges().value if precision in EIGHT_BIT else ({}, None)
         start = time.perf_counter()
         if precision in EIGHT_BIT:
             half = target.with_name(f"{run_name(run.source)}-fp16.onnx")
@@ -480,6 +484,7 @@ def make_export(
             require_parity(row, precision)
         for file in onnx_tools.onnx_files(path):
             file.replace(target.with_name(file.name))
+        results.written.append(target)
         row |= {"file": str(target), "calibration_images": images}
     return row
 
@@ -501,7 +506,7 @@ def export_all(
     """Make these of EXPORTS, and check a file of one's own; a row of EXPORT_COLUMNS for each."""
     print("ONNX files, cosine with PyTorch")
     rows: dict[str, dict[str, Any]] = {}
-    ranges = functools.cache(lambda: find_ranges(run, rows["fp16"]))
+    ranges = functools.cache(lambda: attempt(find_ranges, run, rows["fp16"]))
     for name in names:
         if name == "own":
             row = check_own(run, own, reference)
@@ -720,7 +725,9 @@ def add_engines(jobs: Sequence[EngineJob], layers: bool) -> list[EngineJob]:
         if engine.ok:
             kept = ", kept" if columns["engine_cached"] else ""
             found = f"{columns['engine_build_seconds']:.1f} s{kept}"
-            made.append(replace(job, columns=columns, plan=Path(columns["engine_file"])))
+            plan = Path(columns["engine_file"])
+            results.written.append(plan)
+            made.append(replace(job, columns=columns, plan=plan))
         else:
             found = f"{engine.status}: {engine.reason}"
             made.append(replace(job, missing=engine))
@@ -798,9 +805,9 @@ def choose_candidates(wanted: Sequence[str] | None, device: str, own: bool) -> l
     return [name for name, c in CANDIDATES.items() if name in chosen and (own or c.export != "own")]
 
 
-def choose_exports(names: Sequence[str]) -> list[str]:
-    """The exports that these candidates read, and the one that 8-bit exports start from."""
-    wanted = {CANDIDATES[name].export for name in names}
+def choose_exports(names: Sequence[str], own: bool) -> list[str]:
+    """The exports that these candidates read, the one that 8 bits start from, and one's own."""
+    wanted = {CANDIDATES[name].export for name in names} | ({"own"} if own else set())
     if any(CANDIDATES[name].precision in EIGHT_BIT for name in names):
         wanted.add("fp16")
     return [export for export in EXPORTS if export in wanted]
@@ -874,7 +881,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             cuda_graph=args.cuda_graph,
         )
         reference = make_reference(run)
-        exports = export_all(run, choose_exports(names), job, reference, args.onnx)
+        exports = export_all(run, choose_exports(names, bool(args.onnx)), job, reference, args.onnx)
         failed = any(row["status"] == "failed" for row in exports.values())
         if args.export_only:
             print(run.folder / "exports.csv")

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from utils.cli import UserError
 ROOT = Path(__file__).resolve().parent.parent
 WNIDS = ("n01443537", "n01629819", "n01641577")
 TOP = "tiny-imagenet-200"
-COUNTS = "100,000 training, 10,000 validation and 10,000 test images"
+COUNTS = "12 training, 6 validation and 5 test images"
 
 
 # --- a miniature set, its zip, and a host for it -----------------------------------------------
@@ -134,6 +135,7 @@ def miniature(monkeypatch, host, cache_dir):
     monkeypatch.setattr(downloader, "ARCHIVE_MD5", hashlib.md5(ZIP).hexdigest())
     monkeypatch.setattr(downloader, "CLASSES", 3)
     monkeypatch.setattr(downloader, "IMAGES", {"train": 12, "val": 6, "test": 5})
+    monkeypatch.setattr(downloader, "NEEDED_BYTES", 1000)
     set_kaggle(monkeypatch, refuse)
     yield
     socket.setdefaulttimeout(None)
@@ -182,6 +184,7 @@ def test_progress_is_shown_on_a_terminal(data_dir, monkeypatch, capsys):
     assert run(data_dir) == 0
     err = capsys.readouterr().err
     assert "100%" in err  # of the transfer
+    assert "unpack:" in err
 
 
 def test_complete_set_needs_no_network(host, data_dir, capsys):
@@ -191,6 +194,12 @@ def test_complete_set_needs_no_network(host, data_dir, capsys):
     assert out.splitlines() == [f"{data_dir} is already complete: {COUNTS}"]
     assert err == ""
     assert host.requests == []
+
+
+def test_empty_folder_is_filled(data_dir):
+    data_dir.mkdir(parents=True)
+    assert run(data_dir) == 0
+    assert_complete(data_dir)
 
 
 def test_symlink_to_an_empty_folder_is_filled_where_it_points(tmp_path, data_dir):
@@ -203,20 +212,22 @@ def test_symlink_to_an_empty_folder_is_filled_where_it_points(tmp_path, data_dir
     assert data_dir.is_symlink()
 
 
-def test_archive_by_hand_is_used_and_kept(host, data_dir, tmp_path):
+def test_archive_by_hand_is_used_and_kept(host, data_dir, tmp_path, capsys):
     archive = tmp_path / "mine.zip"
     archive.write_bytes(ZIP)
     assert run(data_dir, "--archive", str(archive)) == 0
+    assert "not the original" not in capsys.readouterr().out
     assert_complete(data_dir)
     assert archive.read_bytes() == ZIP
     assert host.requests == []
 
 
 @pytest.mark.parametrize("top", ["other-name/", "", "a/b/"])
-def test_repacked_archive_is_accepted(data_dir, tmp_path, top):
+def test_repacked_archive_is_accepted_with_a_note(data_dir, tmp_path, capsys, top):
     archive = tmp_path / "repack"
     archive.write_bytes(make_zip(FILES, top))
     assert run(data_dir, "--archive", str(archive)) == 0
+    assert f"note: {archive} is not the original zip" in capsys.readouterr().out
     assert_complete(data_dir)
     assert data_dir.stat().st_mode & 0o055 == 0o055  # others may read it
 
@@ -275,6 +286,21 @@ def test_incomplete_kaggle_set_falls_back_to_the_original_host(
     assert host.requests
 
 
+def test_kaggle_folder_without_the_set(data_dir, tmp_path, monkeypatch, capsys):
+    cache = write_files(tmp_path / "kaggle", {"a/b/c.txt": b"x", "deep/er/wnids.txt": b"n1"})
+    set_kaggle(monkeypatch, lambda _: str(cache))
+    assert "holds no wnids.txt beside val" in assert_refused(capsys, data_dir, "--source", "kaggle")
+
+
+def test_kaggle_error_of_several_lines_becomes_one(data_dir, monkeypatch, capsys):
+    def fail(_):
+        raise RuntimeError("403 Client Error.\n\nYou don't have\n  permission")
+
+    set_kaggle(monkeypatch, fail)
+    line = assert_refused(capsys, data_dir, "--source", "kaggle")
+    assert "kaggle: 403 Client Error. You don't have permission" in line
+
+
 def test_without_kagglehub_the_original_host_serves(data_dir, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "kagglehub", None)
     assert run(data_dir, "--source", "auto") == 0
@@ -307,6 +333,7 @@ def test_without_network_one_line_names_both_hosts(data_dir, tmp_path, monkeypat
         ({"status": 404}, "404"),
         ({"sent": len(ZIP) // 2}, "corrupted"),
         ({"payload": b"<html>please sign in to this wireless network</html>"}, "corrupted"),
+        ({"payload": ZIP[:1000] + bytes([ZIP[1000] ^ 1]) + ZIP[1001:]}, "corrupted"),
     ],
 )
 def test_host_that_does_not_deliver_the_zip(host, data_dir, capsys, change, complaint):
@@ -339,7 +366,7 @@ def test_full_disk_while_unpacking_keeps_its_cause(data_dir, capsys, monkeypatch
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
 
-    monkeypatch.setattr(zipfile.ZipFile, "extractall", fail)
+    monkeypatch.setattr(zipfile.ZipFile, "extract", fail)
     assert "No space left on device" in assert_refused(capsys, data_dir)
     assert os.listdir(data_dir.parent) == []
 
@@ -357,7 +384,7 @@ def refuse_archive(capsys, data_dir, content: bytes) -> str:
     return line
 
 
-@pytest.mark.parametrize("content", [ZIP[:-5000], b"not a zip at all"])
+@pytest.mark.parametrize("content", [ZIP[:-5000], ZIP[: len(ZIP) // 2], b"not a zip at all", b""])
 def test_truncated_zip_and_no_zip(data_dir, capsys, content):
     assert "not a zip file" in refuse_archive(capsys, data_dir, content)
 
@@ -366,6 +393,15 @@ def test_zip_with_a_damaged_member(data_dir, capsys):
     with zipfile.ZipFile(io.BytesIO(ZIP)) as bundle:
         at = bundle.getinfo(f"{TOP}/train/n01443537/images/n01443537_0.JPEG").header_offset + 500
     refuse_archive(capsys, data_dir, ZIP[:at] + b"\0" * 40 + ZIP[at + 40 :])
+
+
+def test_zip_of_something_else(data_dir, capsys):
+    assert "wnids.txt" in refuse_archive(capsys, data_dir, make_zip({"cats/1.jpg": b"x"}))
+
+
+def test_incomplete_archive_never_becomes_the_set(data_dir, capsys):
+    files = {path: content for path, content in FILES.items() if path != LAST_TRAIN}
+    assert "11 images" in refuse_archive(capsys, data_dir, make_zip(files))
 
 
 def test_missing_archive(data_dir, capsys):
@@ -393,12 +429,16 @@ def test_member_that_leads_out_of_the_folder_stays_within(data_dir, tmp_path, na
     ("change", "complaint"),
     [
         ({"wnids.txt": None}, "no wnids.txt"),
+        ({"wnids.txt": b"n01443537\nn01629819\n"}, "n01641577"),
         ({"wnids.txt": FILES["wnids.txt"] + b"\nn09"}, "no images of n09"),
+        ({"train/n09/images/n09_0.JPEG": b"x"}, "n09"),
         ({LAST_TRAIN: None}, "11 images of 3 classes, not 12 of 3"),
         ({LAST_TRAIN: None, "train/n01443537/images/n01443537_9.JPEG": b"x"}, "not 4 images of"),
         ({"val/images/val_5.JPEG": None}, "val has 5 images"),
         ({"test/images/test_0.JPEG": None}, "test has 4 images"),
+        ({"test/images/test_5.JPEG": b"x"}, "test has 6 images"),
         ({LAST_TRAIN: b""}, f"{LAST_TRAIN} is empty"),
+        ({LAST_TRAIN: b"no image"}, f"cannot decode the image .*{LAST_TRAIN}"),
         ({LAST_TRAIN: FILES[LAST_TRAIN][:900]}, f"cannot decode the image .*{LAST_TRAIN}"),
         ({"val/val_annotations.txt": None}, "val_annotations.txt"),
         ({"val/val_annotations.txt": ANNOTATIONS.replace(b"val_0", b"val_8")}, "val_0.JPEG has no"),
@@ -410,6 +450,21 @@ def test_incomplete_set_is_refused_naming_the_fault(tmp_path, change, complaint)
     write_files(tmp_path, files)
     with pytest.raises((UserError, OSError), match=complaint):
         downloader.check_set(tmp_path)
+
+
+def test_missing_split_is_named(tmp_path):
+    write_files(tmp_path, FILES)
+    shutil.rmtree(tmp_path / "test")
+    with pytest.raises(UserError, match=f"{tmp_path / 'test'} holds no images"):
+        downloader.check_set(tmp_path)
+
+
+def test_figures_of_the_real_set(monkeypatch):
+    monkeypatch.undo()
+    assert downloader.describe_set() == (
+        "100,000 training, 10,000 validation and 10,000 test images"
+    )
+    assert downloader.ARCHIVE_MD5 == "90528d7ca1a48142e341f4ef8d21d0de"
 
 
 # --- folders that are not ours -----------------------------------------------------------------
@@ -424,9 +479,10 @@ def test_foreign_folder_is_left_alone(host, data_dir, capsys):
     assert host.requests == []
 
 
-def test_mount_point_is_told_before_the_download(host, data_dir, capsys, monkeypatch):
-    monkeypatch.setattr(os.path, "ismount", lambda path: path == data_dir)
-    assert "is a mount point" in assert_refused(capsys, data_dir)
+def test_data_dir_that_is_a_file(host, data_dir, capsys):
+    data_dir.parent.mkdir()
+    data_dir.write_text("a file")
+    assert "choose another --data-dir" in assert_refused(capsys, data_dir)
     assert host.requests == []
 
 
@@ -434,6 +490,17 @@ def test_data_dir_below_a_file(host, tmp_path, capsys):
     (tmp_path / "file").write_text("a file")
     line = assert_refused(capsys, tmp_path / "file" / "tiny-imagenet")
     assert f"cannot write to --data-dir {tmp_path / 'file'}" in line
+    assert host.requests == []
+
+
+def test_mount_point_and_full_disk_are_told_before_the_download(
+    host, data_dir, capsys, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(os.path, "ismount", lambda path: path == data_dir)
+        assert "is a mount point" in assert_refused(capsys, data_dir)
+    monkeypatch.setattr(downloader, "NEEDED_BYTES", 10**18)
+    assert "1000000000.00 GB are needed" in assert_refused(capsys, data_dir)
     assert host.requests == []
 
 

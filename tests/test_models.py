@@ -462,6 +462,10 @@ def test_own_checkpoint_of_two_heads(tmp_path: Path) -> None:
     assert "shape" not in text  # both heads were built for three classes
 
 
+def quantized(*shape: int) -> Tensor:
+    return torch.quantize_per_tensor(torch.zeros(shape), 1.0, 0, torch.qint8)
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -469,6 +473,7 @@ def test_own_checkpoint_of_two_heads(tmp_path: Path) -> None:
         ({"head.weight": torch.zeros(7, 3)}, "1 unexpected (head.weight)"),
         ({"conv1.0.weight": torch.zeros(16, 1, 3, 3)}, "(conv1.0.weight [16, 1, 3, 3] for ["),
         ({"epoch": 3, "net": {}}, "2 unexpected (epoch, net)"),
+        ({"conv1.0.weight": quantized(16, 3, 3, 3)}, "quantized Tensor"),
     ],
 )
 def test_own_checkpoint_that_does_not_fit_names_the_keys(
@@ -489,7 +494,7 @@ def test_own_checkpoint_that_is_damaged(
     save_as(own_state, path, "safetensors" if suffix == ".safetensors" else "bare")
     spoil(path)
     text = error_of("timm/test_resnet", checkpoint=path)
-    assert text.startswith(f"--checkpoint {path} is missing, damaged, or holds more than weights (")
+    assert text.startswith(f"--checkpoint {path} is damaged, or holds more than weights (")
 
 
 def test_own_preprocessing_wins(own_state: dict[str, Tensor], tmp_path: Path) -> None:

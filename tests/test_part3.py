@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pandas as pd
 import pytest
@@ -27,7 +28,7 @@ from tests.test_tensorrt_runner import make_job, row_of
 from tests.test_training import fake_cuda_graphs
 from utils import benchmark, data, evaluation, onnx_tools, timing
 from utils.models import load_model
-from utils.workers import Outcome
+from utils.workers import Outcome, attempt
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "vit_digits", "--batch-sizes", "4", "--rounds", "2", "--device", "cpu"]
@@ -167,7 +168,7 @@ def test_failed_export_is_a_row_and_leaves_no_older_file(
         path.write_text("older")
     run: Any = types.SimpleNamespace(source=DIGITS, model=model)
     reference = digits_reference(Overflowing())
-    ranges = functools.partial(part3.find_ranges, run, {"status": "failed"})
+    ranges = functools.partial(attempt, part3.find_ranges, run, {"status": "failed"})
     half = part3.make_export(run, "fp16", make_job(tmp_path), reference, ranges)
     assert half["status"] == "failed"
     assert reason in half["reason"]
@@ -209,10 +210,49 @@ def test_agreement_is_left_out_where_the_largest_logit_names_no_class(classified
 
 
 def test_exports_are_those_that_the_candidates_read():
-    assert part3.choose_exports(["torch-fp32"]) == []
-    assert part3.choose_exports(["tensorrt-tf32", "onnxruntime-cuda"]) == ["fp32"]
-    assert part3.choose_exports(["tensorrt-fp8"]) == ["fp16", "fp8"]
-    assert part3.choose_exports(["tensorrt-own"]) == ["own"]
+    choose = functools.partial(part3.choose_exports, own=False)
+    assert choose(["torch-fp32"]) == []
+    assert choose(["tensorrt-tf32", "onnxruntime-cuda"]) == ["fp32"]
+    assert choose(["tensorrt-fp8"]) == ["fp16", "fp8"]
+    assert choose(["onnxruntime-cpu"], own=True) == ["fp32", "own"]
+
+
+def test_an_own_file_is_checked_at_batch_1_too(tmp_path: Path):
+    """Its Squeeze drops the batch axis of a single image."""
+    pooled = onnx.helper.make_node("GlobalAveragePool", ["images"], ["pooled"])
+    squeezed = onnx.helper.make_node("Squeeze", ["pooled"], ["logits"])
+    describe, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    images, logits = describe("images", kind, ["N", 3, 8, 8]), describe("logits", kind, ["N", 3])
+    graph = onnx.helper.make_graph([pooled, squeezed], "own", [images], [logits])
+    opset = [onnx.helper.make_opsetid("", 20)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=10), tmp_path / "own")
+    pixels = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8)
+    how = data.Preprocessing(8, (0, 0, 0), (1, 1, 1))
+    wanted = data.preprocess(pixels, how).mean((2, 3))
+    reference = part3.Reference(pixels.numpy(), wanted, classified=True)
+    with pytest.raises(RuntimeError, match="same number of dimensions"):
+        part3.check_export("own", tmp_path / "own", 1, how, reference)
+
+
+def test_ranges_that_are_not_found_are_looked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    looked: list[Any] = []
+
+    def fail(*arguments: Any) -> None:
+        looked.append(arguments)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(part3, "find_ranges", fail)
+    monkeypatch.setattr(part3, "Worker", WorkerHere)
+    monkeypatch.setattr(benchmark, "prepare_process", lambda job: None)
+    run: Any = types.SimpleNamespace(
+        source=DIGITS, model=load_model(DIGITS), folder=tmp_path, environment={}
+    )
+    names = ["fp16", "int8", "fp8"]
+    rows = part3.export_all(run, names, make_job(tmp_path), digits_reference(), Path())
+    assert [rows[name]["status"] for name in names] == ["ok", "unavailable", "unavailable"]
+    assert len(looked) == 1
 
 
 def test_candidates_of_a_gpu_run_bring_their_baselines():

@@ -352,7 +352,8 @@ def _list_image_folder(root: Path) -> Listing:
     labels = [label for _, label in samples]
     if skipped:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in skipped.most_common())
-        _say_once(f"{root}: {skipped.total()} files skipped: {kinds}")
+        files = "1 file" if skipped.total() == 1 else f"{skipped.total()} files"
+        _say_once(f"{root}: {files} skipped: {kinds}")
     if empty := set(index.values()) - set(labels):
         raise UserError(f"{root / classes[min(empty)]} is missing or holds no images")
     return [Path(file) for file, _ in samples], torch.tensor(labels), classes

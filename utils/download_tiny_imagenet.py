@@ -24,6 +24,8 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
 if not __package__:  # run by its path, when Python looks for modules in this folder only
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 from utils import cli, data
@@ -37,8 +39,8 @@ DEFAULT_DATA_DIR = data.ROOT / "data" / "tiny-imagenet"
 
 CLASSES = 200
 IMAGES = {"train": 100_000, "val": 10_000, "test": 10_000}
-CONTENT = "{train:,} training, {val:,} validation and {test:,} test images".format(**IMAGES)
 DECODED_SAMPLE = 100  # images of each split
+NEEDED_BYTES = 800_000_000  # the zip and what is in it
 SILENCE_S = 20.0  # of the original host, before it is given up
 
 
@@ -60,6 +62,11 @@ def check_set(root: Path) -> None:
         data.load_images("tiny-imagenet", split, root, num_images=DECODED_SAMPLE, fewer=True)
 
 
+def describe_set() -> str:
+    train, val, test = (f"{IMAGES[split]:,}" for split in ("train", "val", "test"))
+    return f"{train} training, {val} validation and {test} test images"
+
+
 def find_root(folder: Path) -> Path:
     """The shallowest folder that holds the set: a download may have a second copy within."""
     for pattern in ("wnids.txt", "*/wnids.txt", "*/*/wnids.txt"):
@@ -77,22 +84,38 @@ def fetch_from_kaggle(target: Path) -> None:
     import kagglehub
 
     cached = find_root(Path(kagglehub.dataset_download(KAGGLE_HANDLE)))
-    second_copy = shutil.ignore_patterns("tiny-imagenet*")
-    shutil.copytree(cached, target, ignore=second_copy, copy_function=shutil.copyfile)
+    with tqdm(desc="copy", unit="file", disable=None) as bar:
+
+        def copy(source: str, destination: str) -> None:
+            shutil.copyfile(source, destination)
+            bar.update()
+
+        second_copy = shutil.ignore_patterns("tiny-imagenet*")
+        shutil.copytree(cached, target, ignore=second_copy, copy_function=copy)
 
 
 def fetch_from_stanford(target: Path) -> None:
     """Download the original zip, check its md5, and unpack it."""
-    from torchvision.datasets.utils import download_and_extract_archive
+    from torchvision.datasets.utils import download_url
 
     socket.setdefaulttimeout(SILENCE_S)  # torchvision sets no limit
-    download_and_extract_archive(ARCHIVE_URL, target, filename="archive.zip", md5=ARCHIVE_MD5)
+    download_url(ARCHIVE_URL, target, "archive.zip", ARCHIVE_MD5)
+    unpack(target / "archive.zip", target)
+
+
+def unpack_given(archive: Path, target: Path) -> None:
+    """Unpack the user's zip; packed anew it will do, too, if what is in it is complete."""
+    from torchvision.datasets.utils import check_md5
+
+    if not check_md5(archive, ARCHIVE_MD5):
+        print(f"note: {archive} is not the original zip (another md5); its content is checked")
+    unpack(archive, target)
 
 
 def unpack(archive: Path, target: Path) -> None:
-    """Unpack the user's zip; packed anew it will do, too, if what is in it is complete."""
     with zipfile.ZipFile(archive) as bundle:
-        bundle.extractall(target)
+        for member in tqdm(bundle.infolist(), desc="unpack", unit="file", disable=None):
+            bundle.extract(member, target)  # drops from its path what would lead out of the folder
 
 
 # --- putting it in place --------------------------------------------------------------------------
@@ -121,6 +144,9 @@ def install(data_dir: Path, sources: Mapping[str, Callable[[Path], None]]) -> No
     parent = cli.make_output_dir(data_dir.parent, "--data-dir")
     if os.path.ismount(data_dir):
         raise UserError(f"{data_dir} is a mount point: give a folder inside it as --data-dir")
+    if (free := shutil.disk_usage(parent).free) < NEEDED_BYTES:
+        needed = f"{NEEDED_BYTES / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        raise UserError(f"not enough space in {parent}: {needed}")
     # The libraries' progress bars are for a terminal only.
     bars = sys.stderr if sys.stderr.isatty() else io.StringIO()
     reasons = []
@@ -166,16 +192,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     data_dir = Path(os.path.realpath(args.data_dir.expanduser()))
     if is_complete(data_dir):
-        print(f"{data_dir} is already complete: {CONTENT}")
+        print(f"{data_dir} is already complete: {describe_set()}")
         return 0
     if args.archive:
         archive = args.archive.expanduser()
-        install(data_dir, {str(archive): functools.partial(unpack, archive)})
+        install(data_dir, {str(archive): functools.partial(unpack_given, archive)})
     else:
         sources = {"kaggle": fetch_from_kaggle, "stanford": fetch_from_stanford}
         chosen = sources if args.source == "auto" else {args.source: sources[args.source]}
         install(data_dir, chosen)
-    print(f"{data_dir}: {CONTENT}")
+    print(f"{data_dir}: {describe_set()}")
     return 0
 
 

@@ -348,11 +348,13 @@ def _read_weights(path: Path) -> dict[str, Any]:
     """
     import timm
 
+    if not path.is_file():
+        raise UserError(f"--checkpoint {path} does not exist")
     try:
         return timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # of a file that anyone may have made
         reason = first_line(error).split(". ")[0]  # what follows is timm's advice
-        what = "is missing, damaged, or holds more than weights"
+        what = "is damaged, or holds more than weights"
         raise UserError(f"--checkpoint {path} {what} ({reason})") from error
 
 
@@ -372,7 +374,10 @@ def _create_with_weights(source: ModelSource, path: Path) -> Any:
     own = {key: value.shape for key, value in module.state_dict().items()}
     reshaped = [key for key in own if key in shapes and shapes[key] != own[key]]
     fitting = {key: state[key] for key in own if key in shapes and key not in reshaped}
-    missing = module.load_state_dict(fitting, strict=False).missing_keys
+    try:
+        missing = module.load_state_dict(fitting, strict=False).missing_keys
+    except RuntimeError as error:  # a quantised or sparse tensor
+        raise UserError(f"--checkpoint {path}: {str(error).splitlines()[-1].strip()}") from error
     misfits = {
         "missing": [key for key in missing if key not in reshaped],
         "unexpected": [key for key in state if key not in own],
