@@ -49,7 +49,6 @@ from utils.training import Muon, capture, memory_format, prepare_backend, warmup
 HELD_OUT = 0.1  # share of the training images on which configurations are compared
 FINALIST_SEEDS = 100_000  # from here on, so that no trial has them
 START_TRIALS = 8  # taken from another study or a table
-STAGES = ("search", "finalists", "final")
 BUDGETS = {"cuda": (60.0, 48), "cpu": (120.0, 16)}  # seconds of a training, number of trials
 QUICK = {
     "dataset": "digits",
@@ -174,7 +173,7 @@ def read_start(
             cli.check_name(start, optuna.get_all_study_names(storage), "--start")
             found = optuna.load_study(study_name=start, storage=storage)
             params = [trial.params for trial in study.best_trials(found)]
-        params = params[:START_TRIALS]
+        params = [p for i, p in enumerate(params) if p not in params[:i]][:START_TRIALS]
         for row in params:
             optuna.trial.create_trial(value=0.0, params=row, distributions=dict(space))  # checks
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
@@ -569,18 +568,20 @@ class Setting:
     dataset: str
     data_dir: Path | None
     image_size: int  # pixels, of an image folder
+    train_images: int | None
     flip: bool
     max_params: int
-    compile: bool  # finalists and final networks
     threads: int  # on a CPU
     seed: int
     train_seconds: float
     tolerance: float  # percent of the seconds
     device_name: str
-    folder: Path  # for all results
 
     def load(self, split: str) -> data.ImageSet:
-        return data.load_images(self.dataset, split, self.data_dir, self.image_size)
+        number = self.train_images if split == "train" else None
+        return data.load_images(
+            self.dataset, split, self.data_dir, self.image_size, number, self.seed
+        )
 
 
 @functools.cache  # a worker trains several networks on the same images
@@ -599,13 +600,18 @@ def load_task(setting: Setting, final: bool, device: torch.device) -> tuple[Task
 
 
 def run_training(
-    setting: Setting, hparams: HParams, seed: int, stage: str, device: torch.device
+    setting: Setting,
+    hparams: HParams,
+    seed: int,
+    final: bool,
+    compiled: bool,
+    save_as: Path | None,
+    device: torch.device,
 ) -> tuple[float, dict[str, Any], str]:
     """Train once, then look once at the images that the network is scored on.
 
     Not even that if the seconds are off, as that training does not count. The weights are rounded
-    to fp16 first, so that the accuracy is that of a saved network. The final network of the first
-    seed is saved.
+    to fp16 first, so that the accuracy is that of a saved network.
 
     Returns:
         Top-1 in percent, columns of the training's row, and why it does not count, or nothing. If
@@ -614,11 +620,9 @@ def run_training(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    final, compiled = stage == "final", setting.compile and stage != "search"
     gc.collect()  # an earlier training's memory
     torch.cuda.empty_cache()
-    torch.set_num_threads(setting.threads)
-    prepare_backend(device, benchmark=compiled)
+    prepare_backend(device, setting.threads, benchmark=compiled)
     task, scored = load_task(setting, final, device)
     network = start_network(hparams, len(scored.classes), task, seed)
     done = train(network, hparams, task, setting.train_seconds, compiled)
@@ -642,25 +646,27 @@ def run_training(
     state = models.round_to_half(network)
     top1, top5 = evaluate(network, scored, task)
     columns["top5_percent" if final else "held_out_top5_percent"] = top5
-    if final and seed == setting.seed:  # whatever its accuracy: the best of several would flatter
-        architecture = architecture_of(hparams, len(scored.classes))
-        preprocessing = data.Preprocessing(task.size, task.mean, task.std)
-        checkpoint = models.Checkpoint(state, architecture, preprocessing, top1)
+    if save_as:
         about = {"hyperparameters": asdict(hparams), "training": {"seed": seed} | columns}
-        path = network_path(setting.folder, asdict(hparams))
-        models.write_checkpoint(path, checkpoint, SmallCNN(**architecture), scored, about, device)
+        save_network(save_as, hparams, state, top1, task, scored, about)
     return top1, columns, ""
 
 
-def network_path(folder: Path, hparams: Mapping[str, Any]) -> Path:
-    """Where the network of a configuration is saved, whether it becomes the winner or not."""
-    name = digest(f"{key}={value}" for key, value in sorted(hparams.items()))
-    return folder / "networks" / f"{name}.safetensors"
-
-
-def digest(texts: Iterable[str]) -> str:
-    """A short fingerprint of texts, in their order."""
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+def save_network(
+    path: Path,
+    hparams: HParams,
+    state: dict[str, Tensor],
+    top1_percent: float,
+    task: Task,
+    scored: data.ImageSet,
+    about: dict[str, Any],
+) -> None:
+    """Write the weights and a card that says how they came about."""
+    architecture = architecture_of(hparams, len(scored.classes))
+    preprocessing = data.Preprocessing(task.size, task.mean, task.std)
+    checkpoint = models.Checkpoint(state, architecture, preprocessing, top1_percent)
+    network = SmallCNN(**architecture)
+    models.write_checkpoint(path, checkpoint, network, scored, about, task.device)
 
 
 # --- the three studies: search, finalists, final --------------------------------------------------
@@ -669,6 +675,8 @@ ABOUT = ["study", "trial", "configuration", "seed", "status", "reason", "retry_o
 DONE = ["parameters", "steps", "epochs", "train_seconds", "setup_seconds", "final_loss"]
 DONE += ["train_images", "num_images", "compiled", "device", "started", "hparams"]
 TRIAL_COLUMNS = [*ABOUT, "held_out_top1_percent", "held_out_top5_percent", *DONE]
+FINAL_COLUMNS = [*ABOUT, "top1_percent", "top5_percent", *DONE]
+IMPORTANCE_COLUMNS = ["hyperparameter", "importance", "complete_trials"]
 SHOWN = {  # of summary.csv: its header and format on the screen
     "configuration": ("configuration", "s"),
     "stage": ("stage", "s"),
@@ -682,13 +690,7 @@ SHOWN = {  # of summary.csv: its header and format on the screen
     "steps_mean": ("steps", ".0f"),
     "parameters": ("parameters", "d"),
 }
-COLUMNS = {  # of each table
-    "trials": TRIAL_COLUMNS,
-    "finalists": TRIAL_COLUMNS,
-    "final": [*ABOUT, "top1_percent", "top5_percent", *DONE],
-    "summary": [*SHOWN, "top1_percent_low", "top1_percent_high"],
-    "importances": ["hyperparameter", "importance", "complete_trials"],
-}
+SUMMARY_COLUMNS = [*SHOWN, "top1_percent_low", "top1_percent_high"]
 
 
 @dataclass(frozen=True)
@@ -696,28 +698,41 @@ class Tuning:
     """What the stages share."""
 
     setting: Setting
-    environment: dict[str, Any]
     pool: study.WorkerPool
-    space: Space
+    folder: Path
     default: HParams
+    space: Space
     num_classes: int
-    shared: bool  # other machines may train for the same studies
+    compiled: bool  # finalists and final networks
     search: optuna.Study
     finalists: optuna.Study
     final: optuna.Study
+    dead_after_s: float  # a trial of another machine; 0 if there can be none
 
 
 def run_search(tuning: Tuning, trials: int, sampler: str, start: list[dict[str, Any]]) -> None:
     """Compare configurations: first the default, then those of `start`, then the sampler's."""
-    search = tuning.search
+    search, shared = tuning.search, tuning.dead_after_s > 0
     begun = search.get_trials(deepcopy=False)
-    search.sampler = study.make_sampler(sampler, tuning.setting.seed, len(begun), tuning.shared)
+    search.sampler = study.make_sampler(sampler, tuning.setting.seed, len(begun), shared)
     queued = [trial.system_attrs.get("fixed_params") for trial in begun]
     for params in [asdict(tuning.default), *start]:
         if params not in queued:
             search.enqueue_trial(params)
             queued.append(params)
-    train_all(tuning, "search", trials)
+    work_off(tuning, search, search_job, trials)
+
+
+def search_job(tuning: Tuning, trial: optuna.Trial) -> study.Job:
+    """A training of what the sampler chose, less what is too large; a retry keeps its seed."""
+    setting = tuning.setting
+    hparams = repair(HParams(**trial.params), tuning.num_classes, setting.max_params)
+    name = "default" if hparams == tuning.default else f"trial {trial.number}"
+    seed = setting.seed + trial.number
+    asked = {"configuration": name, "hparams": asdict(hparams), "seed": seed} | trial.user_attrs
+    for key, value in asked.items():
+        trial.set_user_attr(key, value)
+    return run_training, (setting, hparams, asked["seed"], False, False, None)
 
 
 def run_finalists(tuning: Tuning, number: int, seeds: int) -> None:
@@ -725,15 +740,19 @@ def run_finalists(tuning: Tuning, number: int, seeds: int) -> None:
 
     The best of many trials owes something to luck: the value that chose it does not count again.
     """
+    study.queue(tuning.finalists, *choose_finalists(tuning, number, seeds))
+    work_off(tuning, tuning.finalists, functools.partial(queued_job, False))
+
+
+def choose_finalists(tuning: Tuning, number: int, seeds: int) -> tuple[Configurations, range]:
+    """The default and the best configurations of the search, or none without those; the seeds."""
     configurations = {"default": asdict(tuning.default)}
     for trial in study.best_trials(tuning.search):
         hparams = trial.user_attrs["hparams"]
         if len(configurations) <= number and hparams not in configurations.values():
             configurations[trial.user_attrs["configuration"]] = hparams
-    if len(configurations) > 1:
-        first = FINALIST_SEEDS + tuning.setting.seed
-        study.queue(tuning.finalists, configurations, range(first, first + seeds))
-    train_all(tuning, "finalists")
+    first = FINALIST_SEEDS + tuning.setting.seed
+    return configurations if len(configurations) > 1 else {}, range(first, first + seeds)
 
 
 def run_final(tuning: Tuning, repeats: int) -> None:
@@ -742,22 +761,55 @@ def run_final(tuning: Tuning, repeats: int) -> None:
     Raises:
         UserError: finalists are still to train, perhaps on another machine.
     """
-    folder, first = tuning.setting.folder, tuning.setting.seed
     if not study.is_done(tuning.finalists):
         raise cli.UserError(
-            f"the finalists of {folder.name} are not all trained: wait for the machines that train "
-            "them, or go on with --stage all"
+            f"the finalists of {tuning.folder.name} are not all trained: wait for the machines "
+            "that train them, or go on with --stage all"
         )
     chosen = choose_final(tuning)
+    remove_others(tuning, chosen)
     if "best" in chosen:
         ends = near_ends(HParams(**chosen["best"]), tuning.space)
         print(f"the winner's near an end of their range: {', '.join(ends) or 'none'}")
     else:
         print("no finalist is better than the default: it is trained alone")
-    publish_networks(folder, chosen)  # of an earlier winner nothing stays while others are trained
-    study.queue(tuning.final, chosen, range(first, first + repeats))
-    train_all(tuning, "final")
-    publish_networks(folder, chosen)
+    study.queue(tuning.final, *final_trainings(tuning, chosen, repeats))
+    work_off(tuning, tuning.final, functools.partial(queued_job, True))
+
+
+def remove_others(tuning: Tuning, chosen: Configurations) -> None:
+    """Remove the networks of an earlier winner: Part 3 takes what it finds."""
+    for name in ("default", "best"):
+        path = network_path(tuning, name)
+        if path.exists() and (name not in chosen or saved_hparams(path) != chosen[name]):
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+
+
+def final_trainings(
+    tuning: Tuning, chosen: Configurations, repeats: int
+) -> tuple[Configurations, range, list[tuple[str, int]]]:
+    """Configurations, seeds, and those of them whose network is lost: see `study.missing`."""
+    first = tuning.setting.seed
+    lost = [
+        (name, first)
+        for name, hparams in chosen.items()
+        if saved_hparams(network_path(tuning, name)) != hparams
+    ]
+    # A network that is not here may be on the machine that trained it.
+    return chosen, range(first, first + repeats), [] if tuning.dead_after_s else lost
+
+
+def network_path(tuning: Tuning, configuration: str) -> Path:
+    return tuning.folder / f"{configuration}.safetensors"
+
+
+def saved_hparams(path: Path) -> dict[str, Any] | None:
+    """The hyperparameters of a saved network, by its card; None without one."""
+    if path.exists():
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            return dict(json.loads(path.with_suffix(".json").read_text())["hyperparameters"])
+    return None
 
 
 def choose_final(tuning: Tuning) -> Configurations:
@@ -773,91 +825,74 @@ def choose_final(tuning: Tuning) -> Configurations:
     return chosen
 
 
-def publish_networks(folder: Path, chosen: Configurations) -> None:
-    """Copy the saved networks of default and winner to where Part 3 looks for them.
-
-    One that is not here yet is to be trained, or is on the machine that has trained it.
-    """
-    for name, suffix in itertools.product(("default", "best"), (".safetensors", ".json")):
-        target = folder / (name + suffix)
-        target.unlink(missing_ok=True)
-        if name in chosen:
-            source = network_path(folder, chosen[name]).with_suffix(suffix)
-            if source.exists():
-                results.replace_file(target, source.read_bytes())
+def queued_job(final: bool, tuning: Tuning, trial: optuna.Trial) -> study.Job | None:
+    """What a trial of the finalists or the final trainings was queued for."""
+    setting, asked = tuning.setting, trial.user_attrs
+    if "hparams" not in asked:
+        return None
+    # The first seed's, whatever its accuracy: the best of several would flatter.
+    keep = final and asked["seed"] == setting.seed
+    save_as = network_path(tuning, asked["configuration"]) if keep else None
+    hparams = HParams(**asked["hparams"])
+    return run_training, (setting, hparams, asked["seed"], final, tuning.compiled, save_as)
 
 
-def train_all(tuning: Tuning, stage: str, total: int | None = None) -> None:
-    """Train what is queued in a stage; in the search up to `total` trials, as the sampler asks.
-
-    The tables are written after every training.
-    """
-
-    def job_of(trial: optuna.Trial) -> study.Job:
-        if stage == "search":
-            describe(tuning, trial)
-        hparams, seed = HParams(**trial.user_attrs["hparams"]), trial.user_attrs["seed"]
-        return run_training, (tuning.setting, hparams, seed, stage)
-
-    def changed() -> None:
-        results.write_json(tuning.setting.folder / "environment.json", tuning.environment)
-        write_tables(tuning)
-
-    part, space = getattr(tuning, stage), tuning.space if stage == "search" else {}
-    # Setup and evaluation may take minutes, and a trial that is queued ahead waits for another; and
-    # twice that, as to wait costs less than to train what is not lost.
-    dead_after_s = 4 * (tuning.setting.train_seconds + 300) if tuning.shared else 0.0
-    study.work_off(part, tuning.pool, space, job_of, changed, total, dead_after_s)
+def work_off(
+    tuning: Tuning,
+    part: optuna.Study,
+    job_of: Callable[[Tuning, optuna.Trial], study.Job | None],
+    total: int | None = None,
+) -> None:
+    """See `study.work_off`; the tables are written after every training."""
+    job, changed = functools.partial(job_of, tuning), functools.partial(write_tables, tuning)
+    space = {} if total is None else tuning.space
+    study.work_off(part, tuning.pool, space, job, changed, total, tuning.dead_after_s)
 
 
-def describe(tuning: Tuning, trial: optuna.Trial) -> None:
-    """Write down what the sampler chose, less what is too large; a retry keeps its seed."""
-    setting = tuning.setting
-    hparams = repair(HParams(**trial.params), tuning.num_classes, setting.max_params)
-    name = "default" if hparams == tuning.default else f"trial {trial.number}"
-    asked = {"configuration": name, "hparams": asdict(hparams), "seed": setting.seed + trial.number}
-    for key, value in (asked | trial.user_attrs).items():
-        trial.set_user_attr(key, value)
-
-
-def write_tables(tuning: Tuning) -> dict[str, list[dict[str, Any]]]:
-    """Write the tables that have rows; return the rows.
-
-    Of the final trainings those of today's default and winner.
-    """
+def tables_of(tuning: Tuning) -> dict[str, tuple[list[dict[str, Any]], list[str]]]:
+    """Rows and columns of each table; of the final trainings, those of default and winner."""
     held_out, chosen = "held_out_top1_percent", choose_final(tuning).values()
-    finalists = study.rows_of(tuning.finalists, held_out)
-    final = study.rows_of(tuning.final, "top1_percent")
+    finalists, final = (
+        study.rows_of(part, top1)
+        for part, top1 in ((tuning.finalists, held_out), (tuning.final, "top1_percent"))
+    )
     final = [row for row in final if json.loads(row["hparams"]) in chosen]
     summary = study.summarize(finalists, held_out, stage="finalists")
     summary += study.summarize(final, "top1_percent", stage="final")
-    tables = {
-        "trials": study.rows_of(tuning.search, held_out),
-        "finalists": finalists,
-        "final": final,
-        "summary": summary,
-        "importances": study.importance_rows(tuning.search),
+    return {
+        "trials": (study.rows_of(tuning.search, held_out), TRIAL_COLUMNS),
+        "finalists": (finalists, TRIAL_COLUMNS),
+        "final": (final, FINAL_COLUMNS),
+        "summary": (summary, SUMMARY_COLUMNS),
+        "importances": (study.importance_rows(tuning.search), IMPORTANCE_COLUMNS),
     }
-    for name, rows in tables.items():
+
+
+def write_tables(tuning: Tuning) -> dict[str, list[dict[str, Any]]]:
+    """Write the tables that have rows; return the rows."""
+    tables = tables_of(tuning)
+    for name, (rows, columns) in tables.items():
         if rows:
-            results.write_csv(tuning.setting.folder / f"{name}.csv", rows, COLUMNS[name])
-    return tables
+            results.write_csv(tuning.folder / f"{name}.csv", rows, columns)
+    return {name: rows for name, (rows, _) in tables.items()}
 
 
-def report(tuning: Tuning) -> int:
+def report(tuning: Tuning, machine: str) -> int:
     """Write, draw and print what there is; exit code 1 if a finalist's or a final training failed.
 
     One that is unavailable, as where memory does not suffice, is only named. What is not done by
     this run may have been by another, on this or another machine.
     """
-    rows, folder, machine = write_tables(tuning), tuning.setting.folder, tuning.setting.device_name
+    rows = write_tables(tuning)
     if rows["trials"]:
-        figures.draw_study(rows["trials"], folder / "trials.png", machine)
+        figures.draw_study(rows["trials"], tuning.folder / "trials.png", machine)
     if rows["final"]:
-        figures.draw_final(rows["final"], folder / "final.png", machine)
+        figures.draw_final(rows["final"], tuning.folder / "final.png", machine)
+    results.print_table(rows["summary"], SHOWN)
+    print(tuning.folder)
     bad = [r for r in rows["finalists"] + rows["final"] if r["status"] not in ("ok", "retried")]
-    results.print_table(rows["summary"] + bad, SHOWN)
-    print(folder)
+    for row in bad:
+        print(f"{row['study']}, {row['configuration']}, seed {row['seed']}: {row['reason']}")
     return int(any(row["status"] == "failed" for row in bad))
 
 
@@ -869,7 +904,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add, number, seconds = parser.add_argument, cli.positive_int, cli.positive_float
     boolean, threads = argparse.BooleanOptionalAction, torch.get_num_threads()
-    add("--stage", choices=("all", *STAGES), default="all", help="what to do")
+    stages = ("search", "finalists", "final", "all")
+    add("--stage", choices=stages, default="all", help="what to do")
     add("--train-seconds", type=seconds, help="of each training; 60 on a GPU, 120 on a CPU")
     add("--trials", type=number, help="of the search, all its runs; 48 on a GPU, 16 on a CPU")
     add("--sampler", choices=study.SAMPLERS, default="gp", help="how configurations are chosen")
@@ -881,6 +917,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dataset", default="cifar100", help=data.DATASETS_HELP)
     add("--data-dir", type=Path, help="folder of the data set; data/<dataset> if not given")
     add("--image-size", type=number, default=32, help="of --dataset folder, in pixels")
+    add("--train-images", type=number, help="how many to learn from; all if not given")
     add("--flip", action=boolean, help="mirror images left-right; if not given, all but digits")
     add("--max-params", type=number, default=5_000_000, help="parameters at most")
     add("--storage", help="journal file or database URL; study.journal in --output-dir")
@@ -897,14 +934,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.train_seconds = args.train_seconds or usual_seconds
     args.trials = args.trials or usual_trials
     args.flip = args.dataset != "digits" if args.flip is None else args.flip
-    args.compile = args.compile and args.device.type == "cuda"
     if args.study_name is None:
         args.study_name = f"{args.dataset}-{args.train_seconds:g}s-{args.sampler}"
-    if args.study_name in ("", ".", "..") or Path(args.study_name).name != args.study_name:
-        raise cli.UserError(f"--study-name {args.study_name!r}: choose a name without slashes")
-    if args.image_size < 8:
-        raise cli.UserError(f"--image-size {args.image_size}: choose at least 8 pixels")
-    args.folder = args.output_dir / args.study_name
     args.storage = args.storage or str(args.output_dir / "study.journal")
     return args
 
@@ -913,42 +944,83 @@ def load_checked(setting: Setting) -> data.ImageSet:
     """The training images; UserError if they or the test images do not suffice."""
     images = setting.load("train")
     setting.load(data.ACCURACY_SPLIT[setting.dataset])
-    if len(images.classes) < 2:
-        raise cli.UserError(f"{setting.dataset}: images of a single class; give at least two")
+    height, width = images.images.shape[-2:]
+    if len(images.classes) < 2 or width < 8 or height != width:
+        raise cli.UserError(
+            f"{setting.dataset}: {len(images.classes)} classes of {height}x{width} pixels; give "
+            "images of at least two classes, square and of at least 8 pixels"
+        )
     data.hold_out(images, HELD_OUT)
     return images
 
 
-def open_studies(
+def open_tuning(
     args: argparse.Namespace,
     setting: Setting,
     images: data.ImageSet,
-    space: Space,
     storage: optuna.storages.BaseStorage,
-) -> list[optuna.Study]:
-    """Search, finalists, final, opened or new; UserError if they were made with another setting."""
+    pool: study.WorkerPool,
+) -> Tuning:
+    """Open or create the three studies; UserError if they were made with another setting."""
+    space, name = search_space(len(images)), args.study_name
+    default = HParams(batch_size=2 * smallest_batch(len(images)))
     kept = ("dataset", "flip", "max_params", "seed", "train_seconds", "device_name")
     about = {key: getattr(setting, key) for key in kept} | {"images": list(images.images.shape)}
     about |= {"classes": digest(images.classes), "search_space": digest(map(str, space.items()))}
-    name, compared = args.study_name, about | {"compiled": setting.compile}
-    return [
-        study.open_study(storage, name, about | {"sampler": args.sampler}),
-        study.open_study(storage, f"{name}-finalists", compared),
-        study.open_study(storage, f"{name}-final", compared),
-    ]
-
-
-def announce(args: argparse.Namespace, devices: int) -> None:
-    """Say what the run costs from beginning to end."""
-    costs = {"search": args.trials, "final": 2 * args.repeats}
-    costs["finalists"] = (args.finalists + 1) * args.finalist_seeds
-    planned = {stage: costs[stage] for stage in STAGES if args.stage in (stage, "all")}
-    total, parts = sum(planned.values()), ", ".join(f"{n} {stage}" for stage, n in planned.items())
-    print(
-        f"{total} trainings of {args.train_seconds:g} s ({parts}), {devices} at a time: "
-        f"{total * args.train_seconds / devices / 60:.0f} minutes and the setup of each, less what "
-        "is there already"
+    compiled = {"compiled": args.compile and args.device.type == "cuda"}
+    # Setup and evaluation may take minutes, and a trial that is queued ahead waits for another; and
+    # twice that, as to wait costs less than to train what is not lost.
+    dead_after_s = 4 * (setting.train_seconds + 300)
+    return Tuning(
+        setting=setting,
+        pool=pool,
+        folder=cli.make_output_dir(args.output_dir / name),
+        default=repair(default, len(images.classes), setting.max_params),
+        space=space,
+        num_classes=len(images.classes),
+        compiled=compiled["compiled"],
+        search=study.open_study(storage, name, about | {"sampler": args.sampler}),
+        finalists=study.open_study(storage, f"{name}-finalists", about | compiled),
+        final=study.open_study(storage, f"{name}-final", about | compiled),
+        dead_after_s=dead_after_s if study.is_shared(args.storage) else 0.0,
     )
+
+
+def digest(texts: Iterable[str]) -> str:
+    """A short fingerprint of texts, in their order."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def trainings_to_do(tuning: Tuning, args: argparse.Namespace) -> dict[str, int]:
+    """At most so many trainings of each stage; all of a stage whose configurations may change."""
+    costs: dict[str, int] = {}
+    if args.stage in ("search", "all"):
+        costs["search"] = max(0, args.trials - len(study.finished(tuning.search)))
+    if args.stage in ("finalists", "all"):
+        if costs.get("search"):
+            goal = (args.finalists + 1) * args.finalist_seeds
+            costs["finalists"] = goal + study.to_do(tuning.finalists, {}, ())
+        else:
+            asked = choose_finalists(tuning, args.finalists, args.finalist_seeds)
+            costs["finalists"] = study.to_do(tuning.finalists, *asked)
+    if args.stage in ("final", "all"):
+        if any(costs.values()):
+            costs["final"] = 2 * args.repeats + study.to_do(tuning.final, {}, ())
+        else:
+            of_final = final_trainings(tuning, choose_final(tuning), args.repeats)
+            costs["final"] = study.to_do(tuning.final, *of_final)
+    return costs
+
+
+def announce(tuning: Tuning, args: argparse.Namespace, devices: int) -> int:
+    """Say what the run will cost, less what is there already; the number of trainings."""
+    costs = trainings_to_do(tuning, args)
+    total, parts = sum(costs.values()), ", ".join(f"{n} {stage}" for stage, n in costs.items())
+    print(
+        f"at most {total} trainings of {args.train_seconds:g} s ({parts}), {devices} at a time: "
+        f"{total * args.train_seconds / devices / 60:.0f} minutes, and the setup of each"
+    )
+    return total
 
 
 @cli.command
@@ -956,34 +1028,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Search, compare finalists, train default and winner, report."""
     args = parse_args(argv)
     cli.check_threads([args.threads])
+    cli.check_name(args.dataset, data.DATASETS, "data set")
+    if args.study_name in ("", ".", "..") or Path(args.study_name).name != args.study_name:
+        raise cli.UserError(f"--study-name {args.study_name!r}: choose a name without slashes")
     environment = results.environment(threads=args.threads)
-    on_gpu = args.device.type == "cuda"
-    cpu = f"{environment['cpu']}, {args.threads} threads"
-    args.device_name = environment["gpu"] if on_gpu else cpu
+    args.device_name = f"{environment['cpu']}, {args.threads} threads"
+    if args.device.type == "cuda":
+        args.device_name = environment["gpu"]
     setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
-    images, shared = load_checked(setting), study.is_shared(args.storage)
-    devices = [args.device]
-    if on_gpu:
-        devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    space, classes = search_space(len(images)), len(images.classes)
-    default = HParams(batch_size=2 * smallest_batch(len(images)))
-    default = repair(default, classes, setting.max_params)
+    images = load_checked(setting)
+    gpus = torch.cuda.device_count() if args.device.type == "cuda" else 0
+    devices = [torch.device("cuda", i) for i in range(gpus)] or [args.device]
     # On a CPU a sampler at work would take the time of a training.
-    with study.opened(args.storage) as storage, study.WorkerPool(devices, ahead=on_gpu) as pool:
-        studies = open_studies(args, setting, images, space, storage)
-        tuning = Tuning(setting, environment, pool, space, default, classes, shared, *studies)
-        start = read_start(args.start, storage, space) if args.start else []
-        cli.make_output_dir(setting.folder / "networks")
-        if not shared:
+    with study.opened(args.storage) as storage, study.WorkerPool(devices, ahead=bool(gpus)) as pool:
+        tuning = open_tuning(args, setting, images, storage, pool)
+        start = read_start(args.start, storage, tuning.space) if args.start else []
+        if not study.is_shared(args.storage):
             results.written.append(Path(args.storage))  # for the line after a Ctrl-C
-        announce(args, len(devices))
+        if announce(tuning, args, len(devices)):
+            results.write_json(tuning.folder / "environment.json", environment)
         if args.stage in ("search", "all"):
             run_search(tuning, args.trials, args.sampler, start)
         if args.stage in ("finalists", "all"):
             run_finalists(tuning, args.finalists, args.finalist_seeds)
         if args.stage in ("final", "all"):
             run_final(tuning, args.repeats)
-        return report(tuning)
+        return report(tuning, args.device_name)
 
 
 if __name__ == "__main__":

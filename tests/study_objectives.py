@@ -65,7 +65,9 @@ def search_job(function: Callable[..., Answer], trial: optuna.Trial) -> study.Jo
     return function, (trial.params, trial.user_attrs["seed"])
 
 
-def queued_job(function: Callable[..., Answer], trial: optuna.Trial) -> study.Job:
+def queued_job(function: Callable[..., Answer], trial: optuna.Trial) -> study.Job | None:
+    if "hparams" not in trial.user_attrs:
+        return None
     return function, (trial.user_attrs["hparams"], trial.user_attrs["seed"])
 
 

@@ -63,7 +63,7 @@ def search(
     """A random search; its study can be read, not written, when this returns."""
     with study.opened(str(journal)) as storage, study.WorkerPool([CPU], ahead=True) as pool:
         found = study.open_study(storage, "search", SETTING)
-        found.sampler = study.make_sampler("random", 0, len(found.trials))
+        found.sampler = study.make_sampler("random", 0, len(found.trials), shared=False)
         job = functools.partial(search_job, function)
         study.work_off(found, pool, SPACE, job, changed, total)
         return found
@@ -78,9 +78,7 @@ def finish(found: dict[str, list[FrozenTrial]]) -> dict[tuple[str, int], float |
         assert len(complete) + len(lost) == len(trials)  # none runs or waits
         for trial in lost:
             retry = trial
-            while (
-                retry.state == FAIL
-            ):  # a retry that was killed too may have nothing of its own yet
+            while retry.state == FAIL:  # killed, too, perhaps before it had anything of its own
                 (retry,) = (t for t in trials if t.user_attrs.get("retry_of") == retry.number)
             assert retry.params.items() >= trial.params.items()
             assert retry.user_attrs.get("hparams") == trial.user_attrs.get("hparams", retry.params)
@@ -262,17 +260,29 @@ def test_only_what_is_missing_is_queued_seeds_outside(journal: Path) -> None:
     assert asked == [("default", 1), ("default", 0), ("best", 0), ("best", 1)]
 
 
-def test_what_failed_in_the_end_is_queued_again_once(journal: Path) -> None:
+def test_what_failed_in_the_end_or_is_lost_is_queued_again_once(journal: Path) -> None:
     with study.opened(str(journal)) as storage:
         found = study.open_study(storage, "final", SETTING)
-        study.queue(found, {"default": DEFAULT}, [0, 1])
-        for state, value in ((FAIL, None), (COMPLETE, 1.0)):
+        study.queue(found, {"default": DEFAULT}, [0, 1, 2])
+        for state, value in ((FAIL, None), (COMPLETE, 1.0), (COMPLETE, 1.0)):
             found.tell(found.ask(), value, state)
         for _ in range(2):
-            study.queue(found, {"default": DEFAULT}, [0, 1])
-        again = [(t.user_attrs["seed"], t.user_attrs["retry_of"]) for t in found.trials[2:]]
-        assert again == [(0, 0)]
-        assert [trial.number for trial in study.finished(found)] == [1]
+            study.queue(found, {"default": DEFAULT}, [0, 1, 2], lost=[("default", 1)])
+        again = [(t.user_attrs["seed"], t.user_attrs["retry_of"]) for t in found.trials[3:]]
+        assert again == [(0, 0), (1, 1)]
+        assert [trial.number for trial in study.finished(found)] == [2]
+
+
+def test_a_study_is_done_when_nothing_waits_or_runs(journal: Path) -> None:
+    with study.opened(str(journal)) as storage:
+        found = study.open_study(storage, "finalists", SETTING)
+        assert study.is_done(found)
+        found.enqueue_trial(DEFAULT)
+        assert not study.is_done(found)
+        trial = found.ask()
+        assert not study.is_done(found)
+        found.tell(trial, 1.0)
+        assert study.is_done(found)
 
 
 def test_a_trial_that_has_ended_is_not_tried_again(journal: Path) -> None:
@@ -327,7 +337,7 @@ def test_a_kill_between_queueing_and_failing_queues_nothing_twice(journal: Path)
 @pytest.mark.parametrize("name", study.SAMPLERS)
 def test_points_follow_from_the_seed_and_a_resumed_study_does_not_repeat_them(name: str) -> None:
     def points(seed: int, begun: int) -> list[float]:
-        sampler = study.make_sampler(name, seed, begun)
+        sampler = study.make_sampler(name, seed, begun, shared=False)
         found = optuna.create_study(sampler=sampler)
         return [found.ask(SPACE).params["x"] for _ in range(5)]
 
@@ -337,7 +347,7 @@ def test_points_follow_from_the_seed_and_a_resumed_study_does_not_repeat_them(na
 
 def test_the_gaussian_process_chooses_beside_running_trials() -> None:
     found = optuna.create_study(direction="maximize")
-    found.sampler = study.make_sampler("gp", 0, 0)
+    found.sampler = study.make_sampler("gp", 0, 0, shared=False)
     for i in range(12):
         trial = create_trial(params={"x": i / 12, "y": 0.5}, distributions=SPACE, value=-i / 12)
         found.add_trial(trial)
@@ -378,7 +388,7 @@ def test_a_file_that_is_no_journal_is_left_alone(journal: Path, content: str) ->
     assert journal.read_text() == content
 
 
-@pytest.mark.parametrize("where", [0, 1])
+@pytest.mark.parametrize("where", [0, 1, -1])
 def test_a_damaged_journal_is_reported_in_one_line(journal: Path, where: int) -> None:
     with study.opened(str(journal)) as storage:
         study.open_study(storage, "search", SETTING).enqueue_trial(DEFAULT)
@@ -577,8 +587,6 @@ def postgresql() -> Iterator[str]:
 
 
 def test_three_machines_share_a_database(postgresql: str) -> None:
-    with study.opened(postgresql):
-        pass  # Optuna's tables cannot be made by several at once
     processes = [start(postgresql, 0.3, dead_after_s=5) for _ in range(3)]
     time.sleep(8)
     processes[0].kill()

@@ -218,12 +218,12 @@ def test_muon_steps_have_the_length_of_the_learning_rate_and_keep_the_kernels_le
     optimizer = Muon(kernels, torch.tensor(0.0), momentum=0.9)
     for kernel in kernels:
         kernel.grad = torch.randn_like(kernel)
-    optimizer.update()  # at learning rate zero only the length changes
+    optimizer.step()  # at learning rate zero only the length changes
     for kernel in kernels:
         assert kernel.norm().item() == pytest.approx(len(kernel) ** 0.5, rel=1e-5)
     before = [kernel.detach().clone() for kernel in kernels]
     optimizer.param_groups[0]["lr"].fill_(0.1)
-    optimizer.update()
+    optimizer.step()
     for kernel, old in zip(kernels, before, strict=True):
         relative = (kernel - old).norm() / old.norm()
         assert relative.item() == pytest.approx(0.1, rel=0.25)
@@ -240,7 +240,7 @@ def test_muon_descends():
         loss = (kernel - target).square().sum()
         optimizer.zero_grad()
         loss.backward()
-        optimizer.update()
+        optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[1]
 
@@ -257,7 +257,7 @@ def test_muon_treats_kernels_of_one_shape_each_by_itself():
             for kernel, gradient in zip(kernels, gradients, strict=True):
                 kernel.grad = gradient.clone()
         for optimizer in optimizers:
-            optimizer.update()
+            optimizer.step()
     for first, second in zip(together, alone, strict=True):
         torch.testing.assert_close(first, second, atol=1e-2, rtol=1e-2)  # bf16 products
 
@@ -307,7 +307,7 @@ def test_a_training_on_another_gpu_makes_it_the_current_one(monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     for device in ("cpu", "cuda", "cuda:1"):
-        prepare_backend(torch.device(device))
+        prepare_backend(torch.device(device), threads=torch.get_num_threads())
     assert chosen == [torch.device("cuda:1")]
 
 
@@ -386,7 +386,7 @@ def test_compiled_muon_updates_like_muon():
         torch.manual_seed(0)
         kernels = [nn.Parameter(torch.randn(4, 4, 3, 3)) for _ in range(2)]
         optimizer = Muon(kernels, torch.tensor(rate), momentum=0.9)
-        update: Any = optimizer.update
+        update: Any = optimizer.step
         if compiled:
             update = torch.compile(optimizer.update, dynamic=False, backend="aot_eager")
         for _ in range(3):

@@ -10,10 +10,12 @@ User attributes of a trial: what it trains (`configuration`, `hparams`, `seed`),
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import re
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -31,7 +33,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 from tqdm import tqdm
 
 from utils.cli import UserError, check_interrupt, first_line
@@ -39,17 +41,22 @@ from utils.workers import Outcome, Worker, attempt
 
 Row = dict[str, Any]
 
-SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
-    "gp": optuna.samplers.GPSampler,
-    "tpe": optuna.samplers.TPESampler,
-    "random": optuna.samplers.RandomSampler,
-}
+SAMPLERS = ("gp", "tpe", "random")
 TRIES = 3  # of a training whose process dies or whose seconds are off
 HOPELESS = 5  # stop when so many trainings have failed and none has succeeded
 MIN_COMPLETE = 25  # trials; with fewer, importances are noise
 DATABASE_ERRORS = (SQLAlchemyError, StorageInternalError)
-# And what a missing driver, a folder, an old schema and a damaged journal raise.
-OPENING_ERRORS = (*DATABASE_ERRORS, ImportError, LookupError, OSError, RuntimeError, ValueError)
+# And what a missing driver, a folder and a damaged journal raise.
+OPENING_ERRORS = (
+    *DATABASE_ERRORS,
+    AssertionError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 # --- storages -------------------------------------------------------------------------------------
 
@@ -66,12 +73,22 @@ def opened(text: str) -> Iterator[BaseStorage]:
     with contextlib.ExitStack() as stack:
         with _in_one_line(text, OPENING_ERRORS):
             if is_shared(text):
-                storage: BaseStorage = RDBStorage(text, engine_kwargs={"pool_pre_ping": True})
+                storage: BaseStorage = _open_database(text)
             else:
                 stack.enter_context(_owned(Path(text)))
                 storage = JournalStorage(JournalFileBackend(text, lock_obj=_NoLock(text)))
         with _in_one_line(text, DATABASE_ERRORS):
             yield storage
+
+
+def _open_database(url: str) -> RDBStorage:
+    """The tables that another machine makes at the same moment are there at the second attempt."""
+    connect = functools.partial(RDBStorage, url, engine_kwargs={"pool_pre_ping": True})
+    try:
+        return connect()
+    except (IntegrityError, ProgrammingError):
+        time.sleep(2)
+        return connect()
 
 
 def is_shared(storage: str) -> bool:
@@ -108,17 +125,20 @@ def _drop_torn_line(path: Path) -> None:
     """Cut off half a record, which a kill can leave: the next would make the journal unreadable.
 
     Raises:
-        ValueError: it is no journal.
+        ValueError: it is no journal, or its last line is damaged, which Optuna notices too late.
     """
     content, start = path.read_bytes() if path.exists() else b"", b'{"op_code":'
     if content[: len(start)] != start[: len(content)]:
         raise ValueError("it is not a journal of Optuna's")
-    if content and not content.endswith(b"\n"):
-        os.truncate(path, content.rfind(b"\n") + 1)
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole:
+        json.loads(whole.splitlines()[-1])
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
 
 
 class _NoLock(JournalFileOpenLock):
-    """Optuna's own does not stand a kill or a Ctrl-C, and the command holds the journal anyway."""
+    """Optuna's own lock files outlive a kill, and the command holds the journal anyway."""
 
     def acquire(self) -> bool:
         return True
@@ -147,15 +167,18 @@ def open_study(storage: BaseStorage, name: str, setting: Row) -> optuna.Study:
     return study
 
 
-def make_sampler(
-    name: str, seed: int, begun: int, shared: bool = False
-) -> optuna.samplers.BaseSampler:
+def make_sampler(name: str, seed: int, begun: int, shared: bool) -> optuna.samplers.BaseSampler:
     """A sampler that repeats no point of the `begun` trials that a study has.
 
-    In a `shared` storage it ignores the seed: another machine may begin at the same moment.
+    Nor of another machine that begins at the same moment, if the storage is shared.
     """
-    mixed = int(np.random.SeedSequence((seed, begun)).generate_state(1)[0])
-    return SAMPLERS[name](seed=None if shared else mixed)
+    numbers = (seed, begun, uuid.getnode() if shared else 0)
+    mixed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    if name == "gp":
+        return optuna.samplers.GPSampler(seed=mixed)
+    if name == "tpe":
+        return optuna.samplers.TPESampler(seed=mixed)
+    return optuna.samplers.RandomSampler(mixed)
 
 
 # --- trials ---------------------------------------------------------------------------------------
@@ -196,20 +219,54 @@ def best_trials(study: optuna.Study) -> list[FrozenTrial]:
     return sorted(complete, key=lambda trial: trial.value or 0.0, reverse=True)
 
 
-def queue(study: optuna.Study, configurations: Mapping[str, Row], seeds: Iterable[int]) -> None:
-    """Queue a training of each configuration with each seed, unless there is one.
+def missing(
+    study: optuna.Study,
+    configurations: Mapping[str, Row],
+    seeds: Iterable[int],
+    lost: Collection[tuple[str, int]] = (),
+) -> list[Row]:
+    """User attributes of the trainings that `queue` would queue.
 
-    One that has failed in the end is queued again. The seeds outside: an interrupted comparison is
-    still a fair one.
+    Those of each configuration with each seed that are not there yet, or have failed in the end, or
+    are complete but `lost` (pairs of configuration and seed). The seeds outside: an interrupted
+    comparison is still a fair one.
     """
-    trials = study.get_trials(deepcopy=False)
+    last: dict[str, FrozenTrial] = {}  # its retries have higher numbers
+    for trial in study.get_trials(deepcopy=False):
+        last[_training(trial.user_attrs.get("hparams"), trial.user_attrs.get("seed"))] = trial
+    found = []
     for seed in seeds:
         for name, hparams in configurations.items():
-            asked: Row = {"hparams": hparams, "seed": seed}
-            same = [trial for trial in trials if asked.items() <= trial.user_attrs.items()]
-            if not same or same[-1].state == TrialState.FAIL:  # retries have higher numbers
-                failed = {"retry_of": same[-1].number} if same else {}
-                study.enqueue_trial({}, {"configuration": name, **asked, **failed})
+            asked: Row = {"configuration": name, "hparams": hparams, "seed": seed}
+            done = last.get(_training(hparams, seed))
+            if not done:
+                found.append(asked)
+            elif done.state == TrialState.FAIL or (
+                done.state == TrialState.COMPLETE and (name, seed) in lost
+            ):
+                found.append(asked | {"retry_of": done.number})
+    return found
+
+
+def _training(hparams: Row | None, seed: int | None) -> str:
+    return json.dumps([hparams, seed], sort_keys=True)
+
+
+def queue(
+    study: optuna.Study,
+    configurations: Mapping[str, Row],
+    seeds: Iterable[int],
+    lost: Collection[tuple[str, int]] = (),
+) -> None:
+    """Queue a training of each configuration with each seed, as far as it is `missing`."""
+    for asked in missing(study, configurations, seeds, lost):
+        study.enqueue_trial({}, user_attrs=asked)
+
+
+def to_do(study: optuna.Study, *asked: Any) -> int:
+    """How many trainings there are until all of `missing(study, *asked)` and before are done."""
+    open_ones = [t for t in study.get_trials(deepcopy=False) if not t.state.is_finished()]
+    return len(open_ones) + len(missing(study, *asked))
 
 
 def try_again(study: optuna.Study, number: int, counted: bool = True) -> None:
@@ -263,9 +320,9 @@ class WorkerPool:
         self.capacity = len(devices) * (2 if ahead else 1)
         self._threads = ThreadPoolExecutor(len(devices))
         self._workers = {device: Worker() for device in devices}
-        self._idle: SimpleQueue[torch.device] = SimpleQueue()
-        for device in devices:
-            self._idle.put(device)
+        self._idle: SimpleQueue[tuple[torch.device, Worker] | None] = SimpleQueue()
+        for pair in self._workers.items():
+            self._idle.put(pair)
 
     def submit(self, function: Callable[..., Any], arguments: Sequence[Any]) -> Answer:
         """Call `function(*arguments, device)` in the next idle worker: see `_run`."""
@@ -273,26 +330,34 @@ class WorkerPool:
 
     def _run(self, function: Callable[..., Any], arguments: Sequence[Any]) -> tuple[Outcome, bool]:
         """The outcome, and whether the worker died of it."""
-        device = self._idle.get()
-        try:
-            worker = self._workers.get(device) or Worker()
-            self._workers[device] = worker
-            outcome = attempt(worker.run, function, *arguments, device)
-            died = not outcome.ok and not worker.is_alive()
-            if not outcome.ok:  # its GPU's context may be broken, or its memory full
-                worker.stop()
-                del self._workers[device]
-            return outcome, died
-        finally:
-            self._idle.put(device)
+        while (pair := self._idle.get()) and not pair[1].is_alive():
+            pass  # the main thread has replaced it, or will
+        if pair is None:
+            raise KeyboardInterrupt
+        device, worker = pair
+        outcome = attempt(worker.run, function, *arguments, device)
+        died = not outcome.ok and not worker.is_alive()
+        if outcome.ok:
+            self._idle.put(pair)
+        else:  # its GPU's context may be broken, or its memory full
+            worker.stop()
+        return outcome, died
+
+    def replace_dead(self) -> None:
+        """Start a worker where there is none any more; from the main thread."""
+        for device, worker in self._workers.items():
+            if not worker.is_alive():
+                self._workers[device] = Worker()
+                self._idle.put((device, self._workers[device]))
 
     def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *error: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for worker in list(self._workers.values()):
+        for worker in self._workers.values():
             worker.stop()
+            self._idle.put(None)
         self._threads.shutdown()
 
 
@@ -300,7 +365,7 @@ def work_off(
     study: optuna.Study,
     pool: WorkerPool,
     space: Mapping[str, BaseDistribution],
-    job_of: Callable[[optuna.Trial], Job],
+    job_of: Callable[[optuna.Trial], Job | None],
     changed: Callable[[], Any],
     total: int | None = None,
     dead_after_s: float = 0.0,
@@ -312,7 +377,7 @@ def work_off(
 
     Args:
         space: of the sampler; empty for a queue.
-        job_of: what a trial is to do.
+        job_of: what a trial is to do; None if nothing, as another machine emptied the queue.
         changed: called after every trial.
         dead_after_s: so long, trials that others run are waited for: see `recover`.
 
@@ -327,12 +392,13 @@ def work_off(
             while True:
                 ours = [trial.number for trial in running.values()]
                 others = recover(study, ours, seen, dead_after_s)
+                pool.replace_dead()
                 while len(running) < pool.capacity and left(study, total) > 0:
                     trial = study.ask(dict(space))
-                    if total is None and "hparams" not in trial.user_attrs:
-                        study.tell(trial, state=TrialState.FAIL)  # others emptied the queue
+                    if job := job_of(trial):
+                        running[pool.submit(*job)] = trial
                     else:
-                        running[pool.submit(*job_of(trial))] = trial
+                        study.tell(trial, state=TrialState.FAIL)
                 _show(bar, study)
                 if not running and not others:
                     return

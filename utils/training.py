@@ -9,6 +9,7 @@ import functools
 import gc
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,17 +143,22 @@ def memory_format(device: torch.device) -> torch.memory_format:
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
-def prepare_backend(device: torch.device, benchmark: bool = True) -> None:
+def prepare_backend(
+    device: torch.device, threads: int | None = None, benchmark: bool = True
+) -> None:
     """Set up PyTorch for training; fp32 stays true fp32, as accuracies are reported in it.
 
     Args:
         device: becomes the current one, if it is a GPU with an index: streams and graphs are its.
+        threads: of the CPU; left as they are if None.
         benchmark: let cuDNN try its kernels, which takes seconds for every new shape.
     """
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = benchmark
     torch.backends.cudnn.allow_tf32 = False
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def warmup_cosine(step: int, steps: int, warmup_steps: float, peak: float) -> float:
@@ -256,9 +262,14 @@ class Muon(torch.optim.Optimizer):
                 buffer = torch.zeros_like(torch.stack([as_matrix(k.detach()) for k in kernels]))
                 self.state[kernels[0]]["momentum"] = buffer
 
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the parameters from their gradients; `closure` is not supported."""
+        assert closure is None
+        self.update()
+
     @torch.no_grad()
     def update(self) -> None:
-        """Update the parameters; unlike `step` without hooks, so that torch.compile takes it."""
+        """What `step` does, without an optimiser's hooks: torch.compile takes it whole."""
         for group in self.param_groups:
             for kernels in group_by_shape(group["params"]):
                 self._update(kernels, group["lr"], group["momentum"])
