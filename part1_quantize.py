@@ -383,9 +383,23 @@ def convert_pt2e(module: nn.Module, example: Tensor) -> Any:
     for node in exported.graph.nodes:  # the quantizer looks for their source, and knows nn.Linear
         if node.target is torch.ops.aten.linear.default:
             node.meta["source_fn_stack"] = [(node.name, F.linear)]
+    keep_apart(exported.graph)
     prepared = pt2e.prepare_pt2e(exported, quantizer)
     prepared(example)
     return pt2e.convert_pt2e(prepared)
+
+
+def keep_apart(graph: torch.fx.Graph) -> None:
+    """Put a copy between a convolution and its BatchNorm where others use the convolution, too.
+
+    prepare_pt2e folds the two without a look at the others, which would get the normalised output.
+    """
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.batch_norm.default and len(node.args[0].users) > 1:
+            with graph.inserting_before(node):
+                copy = graph.call_function(torch.ops.aten.clone.default, (node.args[0],))
+            copy.meta = {"val": node.args[0].meta["val"]}
+            node.replace_input_with(node.args[0], copy)
 
 
 def pt2e_int8_shapes(converted: Any) -> list[tuple[int, ...]]:

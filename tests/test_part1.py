@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import part1_quantize
-from utils import benchmark
+from utils import benchmark, evaluation
 from utils.workers import UnavailableError, Worker, attempt
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,6 +207,30 @@ def test_pt2e_quantises_linear_layers_however_called_and_no_convolution(small: n
     images = torch.rand(4, 3, 8, 8)
     converted = part1_quantize.convert_pt2e(small, images)
     assert sorted(part1_quantize.pt2e_int8_shapes(converted)) == [(8, 8), (8, 8), (10, 8)]
+
+
+class PreActivation(nn.Module):
+    """A convolution whose output goes to a BatchNorm and, beside it, to a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        x = self.stem(images)
+        return self.head((x + self.norm(x).relu()).mean((2, 3)))
+
+
+def test_pt2e_folds_no_batchnorm_into_what_others_use():
+    torch.manual_seed(0)
+    network = PreActivation().eval().requires_grad_(False)
+    network.norm.running_mean += torch.randn(8)
+    network.norm.running_var *= 0.05
+    images = torch.rand(4, 3, 8, 8)
+    wanted = network(images)
+    found = part1_quantize.convert_pt2e(network, images)(images)
+    assert evaluation.centred_cosine(found, wanted) > 0.999
 
 
 def test_onnx_runtime_quantises_every_product_with_a_weight(small: nn.Module, tmp_path: Path):
