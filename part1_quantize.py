@@ -380,9 +380,12 @@ def convert_pt2e(module: nn.Module, example: Tensor) -> Any:
     quantizer = x86.X86InductorQuantizer().set_function_type_qconfig(F.linear, config)
     with exporting("torch.export"):
         exported = torch.export.export(module, (example,)).module()
-    for node in exported.graph.nodes:  # the quantizer looks for their source, and knows nn.Linear
-        if node.target is torch.ops.aten.linear.default:
-            node.meta["source_fn_stack"] = [(node.name, F.linear)]
+    for node in exported.graph.nodes:
+        # The quantizer goes by the module that a node comes from: it misses what was called by a
+        # function, and fails on a module that is called twice.
+        is_linear = node.target is torch.ops.aten.linear.default
+        if node.op == "call_function":
+            node.meta["source_fn_stack"] = [(node.name, F.linear if is_linear else node.target)]
     keep_apart(exported.graph)
     prepared = pt2e.prepare_pt2e(exported, quantizer)
     prepared(example)

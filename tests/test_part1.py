@@ -210,19 +210,21 @@ def test_pt2e_quantises_linear_layers_however_called_and_no_convolution(small: n
 
 
 class PreActivation(nn.Module):
-    """A convolution whose output goes to a BatchNorm and, beside it, to a sum."""
+    """A convolution whose output goes to a BatchNorm and to a sum, and one that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
         self.stem, self.norm = nn.Conv2d(3, 8, 4, stride=4), nn.BatchNorm2d(8)
+        self.twice = nn.Conv2d(8, 8, 1)
         self.head = nn.Linear(8, 10)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.stem(images)
-        return self.head((x + self.norm(x).relu()).mean((2, 3)))
+        x = x + self.norm(x).relu()
+        return self.head((self.twice(self.twice(x).relu())).mean((2, 3)))
 
 
-def test_pt2e_folds_no_batchnorm_into_what_others_use():
+def test_pt2e_leaves_convolutions_alone_that_others_use_or_that_are_called_twice():
     torch.manual_seed(0)
     network = PreActivation().eval().requires_grad_(False)
     state = network.state_dict()
