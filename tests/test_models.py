@@ -383,7 +383,7 @@ def test_options_that_exclude_each_other(tmp_path: Path) -> None:
     assert "goes with --model timm/NAME" in error_of("vit_digits", checkpoint=tmp_path / "a.pth")
     text = error_of("timm/test_resnet", checkpoint=tmp_path / "a.pth", untrained=True)
     assert "not with --untrained" in text
-    assert "is missing" in error_of("timm/test_resnet", checkpoint=tmp_path / "a.pth")
+    assert "does not exist" in error_of("timm/test_resnet", checkpoint=tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
