@@ -467,9 +467,9 @@ def make_export(
     scratch = tempfile.TemporaryDirectory(dir=job.engine_dir, prefix=".unfinished-")
     with recorded(row), Worker() as worker, scratch as folder:
         path = Path(folder) / target.name
-        widths, images = ranges().value if precision in EIGHT_BIT else ({}, None)
-        start = time.perf_counter()
+        images, start = None, time.perf_counter()
         if precision in EIGHT_BIT:
+            widths, images = ranges().value
             half = target.with_name(f"{run_name(run.source)}-fp16.onnx")
             # TensorRT documents scales per channel of fp8 weights for Hopper alone.
             hopper = run.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)

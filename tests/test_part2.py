@@ -783,17 +783,26 @@ def test_a_study_of_another_budget_or_device_is_refused_in_one_line(tune, monkey
     assert "now it is another, 1 threads" in line
 
 
-def test_a_failed_final_training_is_a_row_and_exit_code_1(tune, tmp_path: Path, capsys):
-    def fail(hparams: part2.HParams, seed: int, final: bool) -> float:
+@pytest.mark.parametrize(
+    ("error", "code", "status", "reason"),
+    [
+        (ValueError("no such thing"), 1, "failed", "ValueError: no such thing"),
+        (MemoryError("no room"), 0, "unavailable", "no room"),  # what a machine cannot do
+    ],
+)
+def test_a_final_training_without_a_result_is_a_row_and_exit_code_1_if_it_failed(
+    error: Exception, code: int, status: str, reason: str, tune, tmp_path: Path, capsys
+):
+    def troubled(hparams: part2.HParams, seed: int, final: bool) -> float:
         if final and seed == 1:
-            raise ValueError("no such thing")
+            raise error
         return 50.0
 
-    assert tune(Trainings(fail), "--stage", "final") == 1
+    assert tune(Trainings(troubled), "--stage", "final") == code
     final = read(tmp_path, "final")
-    assert final.status.tolist() == ["ok", "failed"]
-    assert final.reason[1] == "ValueError: no such thing"
-    assert "default, seed 1: ValueError: no such thing" in capsys.readouterr().out
+    assert final.status.tolist() == ["ok", status]
+    assert final.reason[1] == reason
+    assert f"default, seed 1: {reason}" in capsys.readouterr().out
 
 
 def test_the_same_command_again_repairs_what_failed(tune, tmp_path: Path):
@@ -812,17 +821,6 @@ def test_the_same_command_again_repairs_what_failed(tune, tmp_path: Path):
     final = read(tmp_path, "final")
     assert final.status.tolist() == ["ok", "retried", "ok"]
     assert read(tmp_path, "summary").trainings.tolist() == [2]
-
-
-def test_what_a_machine_cannot_do_is_no_failure(tune, tmp_path: Path, capsys):
-    def large(hparams: part2.HParams, seed: int, final: bool) -> float:
-        if final and seed == 1:
-            raise MemoryError("no room")
-        return 50.0
-
-    assert tune(Trainings(large), "--stage", "final") == 0
-    assert read(tmp_path, "final").status.tolist() == ["ok", "unavailable"]
-    assert "default, seed 1: no room" in capsys.readouterr().out
 
 
 def test_a_finalist_with_a_missing_seed_can_win(tune, tmp_path: Path):

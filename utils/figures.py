@@ -90,12 +90,13 @@ def _finding(table: pd.DataFrame) -> str:
     is_graph = fastest.endswith("-graph")
     if "speedup_over_graph" in table and rows.speedup_over_graph.notna().all() and not is_graph:
         speedups, baseline = rows.speedup_over_graph, "PyTorch's CUDA graph"
-    times, sizes = (
-        " to ".join(dict.fromkeys([f"{column.min():{spec}}", f"{column.max():{spec}}"]))
-        for column, spec in ((speedups, ".1f"), (rows.batch_size, "d"))
-    )
-    model = table.model.iloc[0]
+    model, times, sizes = table.model.iloc[0], _span(speedups, ".1f"), _span(rows.batch_size, "d")
     return f"{model}: {fastest} is {times} times as fast as {baseline}, batch size {sizes}"
+
+
+def _span(values: pd.Series, spec: str) -> str:
+    least, most = format(values.min(), spec), format(values.max(), spec)
+    return least if least == most else f"{least} to {most}"
 
 
 def _draw_candidates(

@@ -575,12 +575,10 @@ def _load_with_card(source: ModelSource) -> LoadedModel:
         # Cards of the first reference models have the size among the architecture only.
         size = card.get("image_size") or card["architecture"]["image_size"]
         own = Preprocessing(size, tuple(card["mean"]), tuple(card["std"]))
-        classes, checkpoints = tuple(card["classes"]), {path.name: card["sha256"]}
-        if source.untrained:
-            checkpoints = {}
-        elif not path.is_file() or sha256_of(path) != card["sha256"]:
-            raise UserError(f"{path} is missing or differs from its card: run {remedy}")
-        else:
+        classes, digest = tuple(card["classes"]), card["sha256"]
+        if not source.untrained:
+            if not path.is_file() or sha256_of(path) != digest:
+                raise UserError(f"{path} is missing or differs from its card: run {remedy}")
             network.load_state_dict(load_file(path))
     except OSError as error:
         raise UserError(f"cannot read {card_path} ({error.strerror}): run {remedy}") from error
@@ -588,6 +586,7 @@ def _load_with_card(source: ModelSource) -> LoadedModel:
         reason = first_line(error)
         raise UserError(f"{card_path} is damaged or foreign ({reason}): run {remedy}") from error
     preprocessing, trained = _preprocessing(own, source), not source.untrained
+    checkpoints = {path.name: digest} if trained else {}
     return LoadedModel(
         path.stem, network, preprocessing, classes, trained, checkpoints, "its card's"
     )

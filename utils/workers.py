@@ -128,13 +128,19 @@ def _serve(pipe: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError, OSError):
         while True:
-            question = pipe.recv_bytes()
-            try:
-                function, arguments = pickle.loads(question)
-                answer = pickle.dumps((function(*arguments), None))
-            except Exception as error:
-                answer = pickle.dumps((None, _portable(error)))
-            pipe.send_bytes(answer)
+            pipe.send_bytes(_answer(pipe.recv_bytes()))
+
+
+def _answer(question: bytes) -> bytes:
+    """Call the pickled function; a pickled value and no error, or no value and an error.
+
+    Apart from the loop, so that a waiting worker holds nothing of its last question.
+    """
+    try:
+        function, arguments = pickle.loads(question)
+        return pickle.dumps((function(*arguments), None))
+    except Exception as error:
+        return pickle.dumps((None, _portable(error)))
 
 
 def _portable(error: Exception) -> Exception:
