@@ -40,6 +40,9 @@ class InlineWorker:
     def is_alive(self) -> bool:
         return self.alive
 
+    def close(self) -> None:
+        pass
+
     def stop(self) -> None:
         self.alive = False
 

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,18 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def journal(tmp_path: Path) -> Path:
     return tmp_path / "study.journal"
+
+
+def write_at_exit(path: Path, device: torch.device) -> None:
+    Finalize(None, path.write_text, ["clean"], exitpriority=0)
+
+
+def test_an_idle_worker_may_clean_up_before_it_ends(tmp_path: Path):
+    path = tmp_path / "at_exit"
+    with study.WorkerPool([CPU], ahead=False) as pool:
+        pool.submit(write_at_exit, [path]).result()
+        assert not path.exists()
+    assert path.read_text() == "clean"
 
 
 def search(

@@ -353,9 +353,11 @@ class WorkerPool:
     def __enter__(self) -> "WorkerPool":
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers.values():
+            if kind is None:  # all are idle
+                worker.close()
             worker.stop()
             self._idle.put(None)
         self._threads.shutdown()
