@@ -207,6 +207,9 @@ def test_pt2e_quantises_linear_layers_however_called_and_no_convolution(small: n
     images = torch.rand(4, 3, 8, 8)
     converted = part1_quantize.convert_pt2e(small, images)
     assert sorted(part1_quantize.pt2e_int8_shapes(converted)) == [(8, 8), (8, 8), (10, 8)]
+    constants = [*converted.parameters(), *converted.buffers()]
+    kept = [tuple(value.shape) for value in constants if value.is_floating_point()]
+    assert not {(8, 8), (10, 8)} & set(kept)  # the weights before they were quantised
 
 
 class PreActivation(nn.Module):
