@@ -124,15 +124,15 @@ def build_bf16_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
 
 
 def build_int8_eager(module: nn.Module, example: Tensor, job: Job) -> Variant:
-    """Dynamic int8 by PyTorch's eager-mode quantize_dynamic, per tensor."""
+    """Dynamic int8 by PyTorch's eager-mode quantize_dynamic, weights per channel."""
     from torch.ao.nn.quantized.dynamic import Linear as QuantizedLinear
-    from torch.ao.quantization import quantize_dynamic
+    from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
 
     # Before quantising: weights are packed for an engine.
     torch.backends.quantized.engine = pick_engine(torch.backends.quantized.supported_engines)
     layers = linear_layers(module, example)
     make_plain(module, layers)
-    quantized = quantize_dynamic(module, layers, dtype=torch.qint8)
+    quantized = quantize_dynamic(module, dict.fromkeys(layers, per_channel_dynamic_qconfig))
     found = [m for m in quantized.modules() if isinstance(m, QuantizedLinear)]
     shapes = [(m.out_features, m.in_features) for m in found]
     return Variant(quantized, state_bytes(quantized), shapes)
