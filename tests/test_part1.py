@@ -124,6 +124,7 @@ def test_failing_candidates_become_rows_and_the_others_go_on(
         "unquantised": (build_unquantised, "cpu"),
     }
     fp32 = {"fp32": part1_quantize.CANDIDATES["fp32"]}
+    monkeypatch.setattr(benchmark, "MAX_SLOWDOWN", 4.0)
     monkeypatch.setattr(part1_quantize, "CANDIDATES", fp32 | bad)
     code, table = run_table(tmp_path, "--no-memory")
     assert code == 1
