@@ -600,7 +600,7 @@ def postgresql() -> Iterator[str]:
 
 
 def test_three_machines_share_a_database(postgresql: str) -> None:
-    processes = [start(postgresql, 0.3, dead_after_s=5) for _ in range(3)]
+    processes = [start(postgresql, 0.3, dead_after_s=20) for _ in range(3)]
     time.sleep(8)
     processes[0].kill()
     for process in processes[1:]:
