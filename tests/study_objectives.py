@@ -40,11 +40,11 @@ class InlineWorker:
     def is_alive(self) -> bool:
         return self.alive
 
-    def close(self) -> None:
-        pass
-
     def stop(self) -> None:
         self.alive = False
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
 
 def train(

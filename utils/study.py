@@ -356,9 +356,7 @@ class WorkerPool:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for worker in self._workers.values():
-            if kind is None:  # all are idle
-                worker.close()
-            worker.stop()
+            worker.__exit__(kind)
             self._idle.put(None)
         self._threads.shutdown()
 

@@ -107,11 +107,6 @@ class Worker:
             self._process.kill()
             self._wait()
 
-    def close(self) -> None:
-        """Let an idle process end as it likes, so that it leaves nothing behind."""
-        self._pipe.close()  # it ends when nobody can ask any more
-        self._wait(SECONDS_TO_END)
-
     def _wait(self, seconds: float | None = None) -> int | None:
         """The exit code; None if the process still runs after so many seconds."""
         with self._waiting:
@@ -122,9 +117,10 @@ class Worker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:  # a busy one must not hold up Ctrl-C
-            self.close()
-        self.stop()
+        if kind is None:  # an idle process ends when nobody can ask any more, and cleans up
+            self._pipe.close()
+            self._wait(SECONDS_TO_END)
+        self.stop()  # a busy one must not hold up Ctrl-C
 
 
 def _serve(pipe: Connection) -> None:
