@@ -664,9 +664,9 @@ def save_network(
     """Write the weights and a card that says how they came about."""
     architecture = architecture_of(hparams, len(scored.classes))
     preprocessing = data.Preprocessing(task.size, task.mean, task.std)
-    checkpoint = models.Checkpoint(state, architecture, preprocessing, top1_percent)
     network = SmallCNN(**architecture)
-    models.write_checkpoint(path, checkpoint, network, scored, about, task.device)
+    about = {"architecture": architecture, "top1": round(top1_percent, 2)} | about
+    models.write_checkpoint(path, network, state, preprocessing, scored, about, task.device)
 
 
 # --- the three studies: search, finalists, final --------------------------------------------------

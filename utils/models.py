@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -35,7 +36,6 @@ from utils.data import ImageSet, Preprocessing
 from utils.results import replace_file
 
 WEIGHTS_DIR = Path(__file__).resolve().parent.parent / "weights"
-WNIDS_FILE = Path(__file__).with_name("imagenet_wnids.txt")  # the 1000 ids in logit order
 
 DINOV2_REPOSITORY = "facebookresearch/dinov2:b8931f7bf91576930313be2c6d6af376033b35f0"
 DINOV2_WEIGHTS_URL = "https://dl.fbaipublicfiles.com/dinov2"
@@ -76,9 +76,9 @@ class LoadedModel:
     module: nn.Module
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None  # logit i is classes[i]; None where they are unknown
-    trained: bool = True
-    checkpoints: dict[str, str] = field(default_factory=dict)  # file name -> sha256
     classes_from: str = "the model's own"  # in words
+    checkpoints: dict[str, str] = field(default_factory=dict)  # file name -> sha256
+    trained: bool = True
     num_classes: int = 0  # C; 0 where the outputs are features, not classes
 
 
@@ -94,9 +94,17 @@ def load_model(source: ModelSource) -> LoadedModel:
         torch.manual_seed(source.seed)
         model = load(source)
         model.module.eval().requires_grad_(False)
+        own = model.preprocessing
+        preprocessing = Preprocessing(
+            source.input_size or own.input_size,
+            source.mean or own.mean,
+            source.std or own.std,
+            source.interpolation or own.interpolation,
+        )
+        model = replace(model, preprocessing=preprocessing, trained=not source.untrained)
         model = replace(model, num_classes=_count_classes(model))
         if source.untrained:
-            open_scales(model.module, model.preprocessing.input_size)
+            open_scales(model.module, preprocessing.input_size)
     if source.classes_file is None:
         return model
     classes = _read_classes(source.classes_file, model)
@@ -146,11 +154,16 @@ def scored_logits(model: LoadedModel, images: ImageSet) -> tuple[list[int] | Non
 
 def imagenet_classes() -> tuple[str, ...]:
     """The 1000 WordNet ids of ImageNet-1k, sorted, which is the order of the logits."""
-    return tuple(WNIDS_FILE.read_text().split())
+    import timm
+
+    return tuple(timm.data.ImageNetInfo().label_names())
 
 
 def _loader_of(source: ModelSource) -> Callable[[ModelSource], LoadedModel]:
     """The function that loads this kind of model; UserError for options that do not go with it."""
+    mean, std = source.mean or IMAGENET_MEAN, source.std or IMAGENET_STD
+    if not len(mean) == len(std) == 3 or min(std) <= 0:
+        raise UserError("--mean and --std: give red's, green's and blue's, each deviation above 0")
     name, is_timm = source.name, source.name.startswith("timm/")
     has_network = ":" in name if is_timm else name.endswith(".safetensors")
     if name.endswith(WEIGHT_SUFFIXES) and not has_network:
@@ -198,28 +211,11 @@ def _read_classes(path: Path, model: LoadedModel) -> tuple[str, ...]:
     raise UserError(f"--classes {path} has {found}: name {wanted}, in the order of the outputs")
 
 
-def _preprocessing(own: Preprocessing, source: ModelSource) -> Preprocessing:
-    """The model's own preprocessing, but for what the user chose."""
-    preprocessing = Preprocessing(
-        source.input_size or own.input_size,
-        source.mean or own.mean,
-        source.std or own.std,
-        source.interpolation or own.interpolation,
-    )
-    mean, std = preprocessing.mean, preprocessing.std
-    if not len(mean) == len(std) == 3 or min(std) <= 0:
-        raise UserError("--mean and --std: give red's, green's and blue's, each deviation above 0")
-    return preprocessing
-
-
 # --- DINOv2 from Torch Hub ------------------------------------------------------------------------
 
 
 def _load_dinov2(source: ModelSource) -> LoadedModel:
-    name = source.name
-    published = Preprocessing(DINOV2_INPUT_SIZE, IMAGENET_MEAN, IMAGENET_STD)
-    preprocessing = _preprocessing(published, source)
-    size = preprocessing.input_size
+    name, size = source.name, source.input_size or DINOV2_INPUT_SIZE
     if size % 14:
         raise UserError(f"--input-size {size}: DINOv2 takes multiples of 14 pixels")
     try:
@@ -245,8 +241,8 @@ def _load_dinov2(source: ModelSource) -> LoadedModel:
             path = _load_from_url(part, f"{folder}/{file_stem}_{suffix}.pth")
             checkpoints[path.name] = sha256_of(path)
     _fold_position_embedding(module.backbone, size)
-    classes, trained = imagenet_classes(), not source.untrained
-    return LoadedModel(name, module, preprocessing, classes, trained, checkpoints, "ImageNet-1k's")
+    published = Preprocessing(size, IMAGENET_MEAN, IMAGENET_STD)
+    return LoadedModel(name, module, published, imagenet_classes(), "ImageNet-1k's", checkpoints)
 
 
 def _load_from_url(module: nn.Module, url: str) -> Path:
@@ -297,10 +293,12 @@ def _load_timm(source: ModelSource) -> LoadedModel:
     is_listed = ":" not in name  # else in timm's own forms, hf-hub: and local-dir:
     if is_listed:
         check_name(name.partition(".")[0], timm.list_models(), "timm model")
+    checkpoints = {}
     if checkpoint is None:
         module = _create_timm(source, pretrained=not source.untrained)
     else:
         module = _create_with_weights(source, checkpoint)
+        checkpoints = {checkpoint.name: sha256_of(checkpoint)}
     config = timm.data.resolve_model_data_config(module)
     channels, height, width = config["input_size"]
     if channels != 3 or (height != width and source.input_size is None):
@@ -312,15 +310,7 @@ def _load_timm(source: ModelSource) -> LoadedModel:
     classes = tuple(names) if names and len(names) == module.num_classes else None
     if is_listed and checkpoint is None and module.num_classes == 1000:
         classes, origin = imagenet_classes(), "ImageNet-1k's"
-    return LoadedModel(
-        source.name,
-        module,
-        _preprocessing(own, source),
-        classes,
-        not source.untrained,
-        {} if checkpoint is None else {checkpoint.name: sha256_of(checkpoint)},
-        origin,
-    )
+    return LoadedModel(source.name, module, own, classes, origin, checkpoints)
 
 
 def _create_timm(source: ModelSource, pretrained: bool, **options: Any) -> Any:
@@ -364,29 +354,17 @@ def _create_with_weights(source: ModelSource, path: Path) -> Any:
     The classifier has as many outputs as in the file.
     """
     state = _read_weights(path)
-    shapes = {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
     module = _create_timm(source, pretrained=False)
     heads = module.pretrained_cfg.get("classifier") or ""
-    head = f"{heads if isinstance(heads, str) else heads[0]}.weight"
-    classes = next(iter(shapes.get(head, ())), module.num_classes)
-    if classes != module.num_classes:
-        module = _create_timm(source, pretrained=False, num_classes=classes)
-    own = {key: value.shape for key, value in module.state_dict().items()}
-    reshaped = [key for key in own if key in shapes and shapes[key] != own[key]]
-    fitting = {key: state[key] for key in own if key in shapes and key not in reshaped}
+    head = state.get(f"{heads if isinstance(heads, str) else heads[0]}.weight")
+    if isinstance(head, Tensor) and len(head) != module.num_classes:
+        module = _create_timm(source, pretrained=False, num_classes=len(head))
     try:
-        missing = module.load_state_dict(fitting, strict=False).missing_keys
-    except RuntimeError as error:  # a quantised or sparse tensor
-        raise UserError(f"--checkpoint {path}: {str(error).splitlines()[-1].strip()}") from error
-    misfits = {
-        "missing": [key for key in missing if key not in reshaped],
-        "unexpected": [key for key in state if key not in own],
-        "of another shape": [f"{k} {list(shapes[k])} for {list(own[k])}" for k in reshaped],
-    }
-    found = [f"{len(k)} {what} ({', '.join(k[:3])})" for what, k in misfits.items() if k]
-    if found:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        lines = [textwrap.shorten(line, 400) for line in str(error).splitlines()[1:4]]
         remedy = "is it of another network, or of another --input-size?"
-        raise UserError(f"--checkpoint {path}: {source.name} finds {', '.join(found)}: {remedy}")
+        raise UserError(f"--checkpoint {path}: {' '.join(lines)} {remedy}") from error
     return module
 
 
@@ -490,16 +468,6 @@ def build_reference_vit(
 # --- weights with a card: NAME.safetensors and NAME.json ------------------------------------------
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A trained network as it is saved."""
-
-    state: dict[str, Tensor]  # on the CPU, floating-point tensors in fp16
-    architecture: dict[str, Any]  # arguments that build the network
-    preprocessing: Preprocessing
-    top1: float  # percent of the labelled test images, with these weights
-
-
 def round_to_half(module: nn.Module) -> dict[str, Tensor]:
     """Round a module's floating-point state to fp16 in place; return it as fp16, on the CPU."""
     state = {
@@ -521,8 +489,9 @@ def sample_logits(module: nn.Module, image_size: int) -> list[list[float]]:
 
 def write_checkpoint(
     path: Path,
-    checkpoint: Checkpoint,
     network: nn.Module,
+    state: dict[str, Tensor],
+    preprocessing: Preprocessing,
     test_set: ImageSet,
     about: dict[str, Any],
     device: torch.device,
@@ -530,15 +499,15 @@ def write_checkpoint(
     """Write the weights, then the card that vouches for them, each renamed when it is whole.
 
     Args:
-        network: built with the checkpoint's architecture, on the CPU; gets its weights.
+        network: built with the `architecture` of `about`, on the CPU; gets the weights.
+        state: what `round_to_half` returned.
         test_set: the images of its accuracy.
-        about: how it came about, for the card.
+        about: the rest of the card; `architecture`, which builds the network, and `top1`, percent
+            of the test set with these weights, must be there.
         device: where it was trained, for the card.
     """
-    network.load_state_dict(checkpoint.state)
-    preprocessing = checkpoint.preprocessing
+    network.load_state_dict(state)
     card = {
-        "architecture": checkpoint.architecture,
         "image_size": preprocessing.input_size,
         "mean": preprocessing.mean,
         "std": preprocessing.std,
@@ -546,14 +515,13 @@ def write_checkpoint(
         "dataset": test_set.dataset,
         "split": test_set.split,
         "n_images": len(test_set),
-        "top1": round(checkpoint.top1, 2),
         "sample_logits": sample_logits(network.eval(), preprocessing.input_size),
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         **about,
     }
-    weights = save(checkpoint.state)
+    weights = save(state)
     card["sha256"] = hashlib.sha256(weights).hexdigest()
     replace_file(path, weights)
     replace_file(path.with_suffix(".json"), (json.dumps(card, indent=1) + "\n").encode())
@@ -585,11 +553,8 @@ def _load_with_card(source: ModelSource) -> LoadedModel:
     except (ValueError, LookupError, TypeError, RuntimeError) as error:
         reason = first_line(error)
         raise UserError(f"{card_path} is damaged or foreign ({reason}): run {remedy}") from error
-    preprocessing, trained = _preprocessing(own, source), not source.untrained
-    checkpoints = {path.name: digest} if trained else {}
-    return LoadedModel(
-        path.stem, network, preprocessing, classes, trained, checkpoints, "its card's"
-    )
+    checkpoints = {} if source.untrained else {path.name: digest}
+    return LoadedModel(path.stem, network, own, classes, "its card's", checkpoints)
 
 
 def sha256_of(path: Path) -> str:

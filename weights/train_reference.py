@@ -388,11 +388,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     state = models.round_to_half(vit)
     top1 = top1_percent(vit.eval(), data.to_device(test_set, device), recipe)
     architecture = recipe.architecture | {"num_classes": len(test_set.classes)}
-    checkpoint = models.Checkpoint(state, architecture, recipe.preprocessing, top1)
     network = models.build_reference_vit(**architecture)
+    facts |= {"architecture": architecture, "top1": round(top1, 2), "recipe": asdict(recipe)}
     facts |= {"seed": args.seed, "training_images": len(train), "held_out_images": len(held_out)}
-    facts |= {"recipe": asdict(recipe)}
-    models.write_checkpoint(path, checkpoint, network, test_set, facts, device)
+    models.write_checkpoint(path, network, state, recipe.preprocessing, test_set, facts, device)
     print(f"top-1 {top1:.2f} % of {len(test_set)} {test_set.split} images; wrote {path}")
     return 0
 
