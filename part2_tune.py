@@ -308,8 +308,9 @@ def start_network(hparams: HParams, num_classes: int, task: Task, seed: int) -> 
     network = SmallCNN(**architecture_of(hparams, num_classes))
     network.to(task.device).to(memory_format=memory_format(task.device))
     if hparams.whiten:
+        mean, std = task.statistics
         some = task.images.images[:: math.ceil(len(task.images) / 1000)]
-        x = training.normalize(some.float().div_(255), *task.statistics)
+        x = some.float().div_(255).sub_(mean).div_(std)
         kernels = training.whitening_kernels(x, WHITE_CHANNELS // 2)
         network.features[0].load_state_dict({"weight": kernels})
     return network
@@ -496,7 +497,7 @@ def make_step(
 
     def loss_of(batch: Tensor) -> Tensor:
         x, targets = augment(padded, batch, mirrored, task, hparams)
-        x = training.normalize(x, mean, std)
+        x = x.sub_(mean).div_(std)
         with torch.autocast(task.device.type, torch.bfloat16, enabled=on_gpu):
             logits = network(x.to(memory_format=memory_format(task.device)))
         return F.cross_entropy(logits.float(), targets, label_smoothing=hparams.label_smoothing)

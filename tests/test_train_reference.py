@@ -91,7 +91,7 @@ def test_distillation_loss_adds_up() -> None:
 def test_weight_decay_spares_vectors_and_position_embeddings() -> None:
     recipe = tr.RECIPES["vit_digits"]
     vit = build_reference_vit(**recipe.architecture, num_classes=10)
-    decayed, spared = tr.make_optimizer(vit, recipe.student).param_groups
+    spared, decayed = tr.make_optimizer(vit, recipe.student).param_groups
     assert decayed["weight_decay"] == recipe.student.weight_decay
     assert spared["weight_decay"] == 0
     exempt = {id(p) for p in spared["params"]}

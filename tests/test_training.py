@@ -19,7 +19,6 @@ from utils.training import (
     crop_and_flip,
     mix,
     mixing_weights,
-    normalize,
     orthogonalize,
     pad_for_crops,
     prepare_backend,
@@ -159,10 +158,9 @@ def test_crops_without_padding_and_flip_are_the_images():
     assert torch.equal(crops, images[[2, 0]])
 
 
-def test_normalize_by_channel():
-    x = torch.ones(1, 2, 1, 1)
-    mean, std = (channels(values, x.device) for values in ((0.5, 1.0), (0.25, 2.0)))
-    assert normalize(x, mean, std).flatten().tolist() == [2.0, 0.0]
+def test_values_of_channels_broadcast_over_images():
+    mean, std = (channels(values, CPU) for values in ((0.5, 1.0), (0.25, 2.0)))
+    assert ((torch.ones(1, 2, 1, 1) - mean) / std).flatten().tolist() == [2.0, 0.0]
 
 
 # --- schedule, Muon, whitening, CUDA graphs -------------------------------------------------------
@@ -218,12 +216,12 @@ def test_muon_steps_have_the_length_of_the_learning_rate_and_keep_the_kernels_le
     optimizer = Muon(kernels, torch.tensor(0.0), momentum=0.9)
     for kernel in kernels:
         kernel.grad = torch.randn_like(kernel)
-    optimizer.step()  # at learning rate zero only the length changes
+    optimizer.update()  # at learning rate zero only the length changes
     for kernel in kernels:
         assert kernel.norm().item() == pytest.approx(len(kernel) ** 0.5, rel=1e-5)
     before = [kernel.detach().clone() for kernel in kernels]
     optimizer.param_groups[0]["lr"].fill_(0.1)
-    optimizer.step()
+    optimizer.update()
     for kernel, old in zip(kernels, before, strict=True):
         relative = (kernel - old).norm() / old.norm()
         assert relative.item() == pytest.approx(0.1, rel=0.25)
@@ -240,7 +238,7 @@ def test_muon_descends():
         loss = (kernel - target).square().sum()
         optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
+        optimizer.update()
         losses.append(loss.item())
     assert losses[-1] < 0.1 * losses[1]
 
@@ -257,7 +255,7 @@ def test_muon_treats_kernels_of_one_shape_each_by_itself():
             for kernel, gradient in zip(kernels, gradients, strict=True):
                 kernel.grad = gradient.clone()
         for optimizer in optimizers:
-            optimizer.step()
+            optimizer.update()
     for first, second in zip(together, alone, strict=True):
         torch.testing.assert_close(first, second, atol=1e-2, rtol=1e-2)  # bf16 products
 
@@ -386,7 +384,7 @@ def test_compiled_muon_updates_like_muon():
         torch.manual_seed(0)
         kernels = [nn.Parameter(torch.randn(4, 4, 3, 3)) for _ in range(2)]
         optimizer = Muon(kernels, torch.tensor(rate), momentum=0.9)
-        update: Any = optimizer.step
+        update: Any = optimizer.update
         if compiled:
             update = torch.compile(optimizer.update, dynamic=False, backend="aot_eager")
         for _ in range(3):

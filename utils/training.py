@@ -9,7 +9,6 @@ import functools
 import gc
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +25,6 @@ def uniform(shape: tuple[int, ...], low: float, high: float, device: torch.devic
 def channels(values: tuple[float, ...], device: torch.device) -> Tensor:
     """Per-channel values as `[1, C, 1, 1]`, to normalise with."""
     return torch.tensor(values, device=device).view(1, -1, 1, 1)
-
-
-def normalize(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Subtract each channel's mean and divide by its deviation, both from `channels`, in place."""
-    return x.sub_(mean).div_(std)
 
 
 def change_bytes(images: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
@@ -256,38 +250,29 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: Tensor, momentum: float) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
-        for group in self.param_groups:
-            for kernels in group_by_shape(group["params"]):
-                # One buffer for all of a shape; made here, as a compiled update sees no first call.
-                buffer = torch.zeros_like(torch.stack([as_matrix(k.detach()) for k in kernels]))
-                self.state[kernels[0]]["momentum"] = buffer
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update the parameters from their gradients; `closure` is not supported."""
-        assert closure is None
-        self.update()
+        for kernels in group_by_shape(self.param_groups[0]["params"]):
+            # One buffer for all of a shape; made here, as a compiled update sees no first call.
+            buffer = torch.zeros_like(torch.stack([as_matrix(k.detach()) for k in kernels]))
+            self.state[kernels[0]]["momentum"] = buffer
 
     @torch.no_grad()
     def update(self) -> None:
-        """What `step` does, without an optimiser's hooks: torch.compile takes it whole."""
-        for group in self.param_groups:
-            for kernels in group_by_shape(group["params"]):
-                self._update(kernels, group["lr"], group["momentum"])
-
-    def _update(self, kernels: list[nn.Parameter], lr: Tensor, momentum: float) -> None:
-        gradients = torch.stack([as_matrix(k.grad) for k in kernels if k.grad is not None])
-        velocity = self.state[kernels[0]]["momentum"].mul_(momentum).add_(gradients)
-        steps = orthogonalize(gradients.add(velocity, alpha=momentum)).float() * -lr
-        tensors: list[Tensor] = list(kernels)
-        scales = [
-            len(k) ** 0.5 / n for k, n in zip(tensors, torch._foreach_norm(tensors), strict=True)
-        ]
-        torch._foreach_mul_(tensors, scales)
-        torch._foreach_add_(tensors, [as_kernel(s, k) for s, k in zip(steps, tensors, strict=True)])
+        """An optimiser's `step` without its hooks: torch.compile takes it whole."""
+        (group,) = self.param_groups
+        momentum = group["momentum"]
+        for kernels in group_by_shape(group["params"]):
+            gradients = torch.stack([as_matrix(k.grad) for k in kernels if k.grad is not None])
+            velocity = self.state[kernels[0]]["momentum"].mul_(momentum).add_(gradients)
+            steps = orthogonalize(gradients.add(velocity, alpha=momentum)).float() * -group["lr"]
+            norms = torch._foreach_norm(kernels)
+            scales = [len(k) ** 0.5 / norm for k, norm in zip(kernels, norms, strict=True)]
+            torch._foreach_mul_(kernels, scales)
+            changes = [as_kernel(step, k) for step, k in zip(steps, kernels, strict=True)]
+            torch._foreach_add_(kernels, changes)
 
 
-def group_by_shape(kernels: Iterable[nn.Parameter]) -> list[list[nn.Parameter]]:
-    alike: dict[torch.Size, list[nn.Parameter]] = {}
+def group_by_shape(kernels: Iterable[Tensor]) -> list[list[Tensor]]:
+    alike: dict[torch.Size, list[Tensor]] = {}
     for kernel in kernels:
         alike.setdefault(kernel.shape, []).append(kernel)
     return list(alike.values())

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -126,7 +127,7 @@ def augment(
     if strength.colour:
         x = training.random_colour(x, strength.colour)
     mean, std = (training.channels(values, device) for values in (MEAN, STD))
-    x = training.normalize(x.clamp_(0, 1), mean, std)
+    x = x.clamp_(0, 1).sub_(mean).div_(std)
     weights = training.mixing_weights(n, size, strength.mixup, strength.cutmix, device)
     x, targets = training.mix(x, F.one_hot(labels, classes).float(), weights)
     boxes = training.random_boxes(training.uniform((n,), 0.02, 0.33, device), size)
@@ -243,13 +244,8 @@ class Task:
 
 def make_optimizer(module: nn.Module, phase: Phase) -> torch.optim.Optimizer:
     """Weight decay acts on matrices and kernels, not on biases, norms and position embeddings."""
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": phase.weight_decay},
-        {"params": [], "weight_decay": 0.0},
-    ]
-    for name, parameter in module.named_parameters():
-        exempt = parameter.ndim < 2 or name.endswith("pos_embed")
-        groups[exempt]["params"].append(parameter)
+    exempt = ("pos_embed", "vit.pos_embed")
+    groups = param_groups_weight_decay(module, phase.weight_decay, no_weight_decay_list=exempt)
     device = groups[0]["params"][0].device
     rate = torch.zeros((), device=device)  # a tensor, so that a CUDA graph reads each step's value
     on_gpu = device.type == "cuda"
