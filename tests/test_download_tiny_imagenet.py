@@ -366,7 +366,7 @@ def test_full_disk_while_unpacking_keeps_its_cause(data_dir, capsys, monkeypatch
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device", "somewhere")
 
-    monkeypatch.setattr(zipfile.ZipFile, "extract", fail)
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", fail)
     assert "No space left on device" in assert_refused(capsys, data_dir)
     assert os.listdir(data_dir.parent) == []
 

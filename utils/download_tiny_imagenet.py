@@ -103,19 +103,15 @@ def fetch_from_stanford(target: Path) -> None:
     unpack(target / "archive.zip", target)
 
 
-def unpack_given(archive: Path, target: Path) -> None:
-    """Unpack the user's zip; packed anew it will do, too, if what is in it is complete."""
+def unpack(archive: Path, target: Path) -> None:
+    """Unpack a zip; packed anew it will do, too, if what is in it is complete."""
     from torchvision.datasets.utils import check_md5
 
     if not check_md5(archive, ARCHIVE_MD5):
         print(f"note: {archive} is not the original zip (another md5); its content is checked")
-    unpack(archive, target)
-
-
-def unpack(archive: Path, target: Path) -> None:
     with zipfile.ZipFile(archive) as bundle:
-        for member in tqdm(bundle.infolist(), desc="unpack", unit="file", disable=None):
-            bundle.extract(member, target)  # drops from its path what would lead out of the folder
+        members = tqdm(bundle.namelist(), desc="unpack", unit="file", disable=None)
+        bundle.extractall(target, members)  # drops from a path what would lead out of the folder
 
 
 # --- putting it in place --------------------------------------------------------------------------
@@ -196,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if args.archive:
         archive = args.archive.expanduser()
-        install(data_dir, {str(archive): functools.partial(unpack_given, archive)})
+        install(data_dir, {str(archive): functools.partial(unpack, archive)})
     else:
         sources = {"kaggle": fetch_from_kaggle, "stanford": fetch_from_stanford}
         chosen = sources if args.source == "auto" else {args.source: sources[args.source]}
