@@ -173,12 +173,11 @@ def read_start(
             cli.check_name(start, optuna.get_all_study_names(storage), "--start")
             found = optuna.load_study(study_name=start, storage=storage)
             params = [trial.params for trial in study.best_trials(found)]
-        params = [p for i, p in enumerate(params) if p not in params[:i]][:START_TRIALS]
-        for row in params:
+        for row in params[:START_TRIALS]:
             optuna.trial.create_trial(value=0.0, params=row, distributions=dict(space))  # checks
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise cli.UserError(f"--start {start}: {cli.first_line(error)}") from error
-    return params
+    return params[:START_TRIALS]
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -279,6 +278,10 @@ class Task:
     @property
     def device(self) -> torch.device:
         return self.images.images.device
+
+    @property
+    def preprocessing(self) -> data.Preprocessing:
+        return data.Preprocessing(self.size, self.mean, self.std)
 
     @property
     def statistics(self) -> tuple[Tensor, Tensor]:
@@ -541,19 +544,15 @@ def augment(
     return x, targets
 
 
-@torch.no_grad()
 def evaluate(network: nn.Module, images: data.ImageSet, task: Task) -> tuple[float, float]:
     """Top-1 and top-5 in percent, single view, in fp32."""
-    preprocessing = data.Preprocessing(task.size, task.mean, task.std)
-    layout = memory_format(task.device)
+
+    def call(x: Tensor) -> Tensor:
+        return network(x.to(memory_format=memory_format(task.device)))
+
     network.eval()
-    logits = evaluation.predict(
-        lambda x: network(x.to(memory_format=layout)),
-        images.images,
-        preprocessing,
-        min(1000, len(images)),
-        task.device,
-    )
+    batch_size = min(1000, len(images))
+    logits = evaluation.predict(call, images.images, task.preprocessing, batch_size, task.device)
     labels = data.labels_of(images).cpu()
     top5 = evaluation.top_k_correct(logits, labels, 5)
     return evaluation.percent(logits.argmax(1) == labels), evaluation.percent(top5)
@@ -648,26 +647,16 @@ def run_training(
     top1, top5 = evaluate(network, scored, task)
     columns["top5_percent" if final else "held_out_top5_percent"] = top5
     if save_as:
-        about = {"hyperparameters": asdict(hparams), "training": {"seed": seed} | columns}
-        save_network(save_as, hparams, state, top1, task, scored, about)
+        architecture = architecture_of(hparams, len(scored.classes))
+        about = {
+            "architecture": architecture,
+            "top1": round(top1, 2),
+            "hyperparameters": asdict(hparams),
+        }
+        about["training"] = {"seed": seed} | columns
+        on_cpu = SmallCNN(**architecture)
+        models.write_checkpoint(save_as, on_cpu, state, task.preprocessing, scored, about, device)
     return top1, columns, ""
-
-
-def save_network(
-    path: Path,
-    hparams: HParams,
-    state: dict[str, Tensor],
-    top1_percent: float,
-    task: Task,
-    scored: data.ImageSet,
-    about: dict[str, Any],
-) -> None:
-    """Write the weights and a card that says how they came about."""
-    architecture = architecture_of(hparams, len(scored.classes))
-    preprocessing = data.Preprocessing(task.size, task.mean, task.std)
-    network = SmallCNN(**architecture)
-    about = {"architecture": architecture, "top1": round(top1_percent, 2)} | about
-    models.write_checkpoint(path, network, state, preprocessing, scored, about, task.device)
 
 
 # --- the three studies: search, finalists, final --------------------------------------------------
@@ -675,9 +664,6 @@ def save_network(
 ABOUT = ["study", "trial", "configuration", "seed", "status", "reason", "retry_of"]
 DONE = ["parameters", "steps", "epochs", "train_seconds", "setup_seconds", "final_loss"]
 DONE += ["train_images", "num_images", "compiled", "device", "started", "hparams"]
-TRIAL_COLUMNS = [*ABOUT, "held_out_top1_percent", "held_out_top5_percent", *DONE]
-FINAL_COLUMNS = [*ABOUT, "top1_percent", "top5_percent", *DONE]
-IMPORTANCE_COLUMNS = ["hyperparameter", "importance", "complete_trials"]
 SHOWN = {  # of summary.csv: its header and format on the screen
     "configuration": ("configuration", "s"),
     "stage": ("stage", "s"),
@@ -691,7 +677,14 @@ SHOWN = {  # of summary.csv: its header and format on the screen
     "steps_mean": ("steps", ".0f"),
     "parameters": ("parameters", "d"),
 }
-SUMMARY_COLUMNS = [*SHOWN, "top1_percent_low", "top1_percent_high"]
+TRIAL_COLUMNS = [*ABOUT, "held_out_top1_percent", "held_out_top5_percent", *DONE]
+COLUMNS = {  # of each CSV file
+    "trials": TRIAL_COLUMNS,
+    "finalists": TRIAL_COLUMNS,
+    "final": [*ABOUT, "top1_percent", "top5_percent", *DONE],
+    "summary": [*SHOWN, "top1_percent_low", "top1_percent_high"],
+    "importances": ["hyperparameter", "importance", "complete_trials"],
+}
 
 
 @dataclass(frozen=True)
@@ -721,19 +714,7 @@ def run_search(tuning: Tuning, trials: int, sampler: str, start: list[dict[str, 
         if params not in queued:
             search.enqueue_trial(params)
             queued.append(params)
-    work_off(tuning, search, search_job, trials)
-
-
-def search_job(tuning: Tuning, trial: optuna.Trial) -> study.Job:
-    """A training of what the sampler chose, less what is too large; a retry keeps its seed."""
-    setting = tuning.setting
-    hparams = repair(HParams(**trial.params), tuning.num_classes, setting.max_params)
-    name = "default" if hparams == tuning.default else f"trial {trial.number}"
-    seed = setting.seed + trial.number
-    asked = {"configuration": name, "hparams": asdict(hparams), "seed": seed} | trial.user_attrs
-    for key, value in asked.items():
-        trial.set_user_attr(key, value)
-    return run_training, (setting, hparams, asked["seed"], False, False, None)
+    work_off(tuning, search, trials)
 
 
 def run_finalists(tuning: Tuning, number: int, seeds: int) -> None:
@@ -741,19 +722,21 @@ def run_finalists(tuning: Tuning, number: int, seeds: int) -> None:
 
     The best of many trials owes something to luck: the value that chose it does not count again.
     """
-    study.queue(tuning.finalists, *choose_finalists(tuning, number, seeds))
-    work_off(tuning, tuning.finalists, functools.partial(queued_job, False))
+    study.queue(tuning.finalists, missing_finalists(tuning, number, seeds))
+    work_off(tuning, tuning.finalists)
 
 
-def choose_finalists(tuning: Tuning, number: int, seeds: int) -> tuple[Configurations, range]:
-    """The default and the best configurations of the search, or none without those; the seeds."""
+def missing_finalists(tuning: Tuning, number: int, seeds: int) -> list[study.Row]:
+    """Trainings to queue, of the default and the best of the search; none without a search."""
     configurations = {"default": asdict(tuning.default)}
     for trial in study.best_trials(tuning.search):
         hparams = trial.user_attrs["hparams"]
         if len(configurations) <= number and hparams not in configurations.values():
             configurations[trial.user_attrs["configuration"]] = hparams
+    if len(configurations) == 1:
+        return []
     first = FINALIST_SEEDS + tuning.setting.seed
-    return configurations if len(configurations) > 1 else {}, range(first, first + seeds)
+    return study.missing(tuning.finalists, configurations, range(first, first + seeds))
 
 
 def run_final(tuning: Tuning, repeats: int) -> None:
@@ -762,55 +745,45 @@ def run_final(tuning: Tuning, repeats: int) -> None:
     Raises:
         UserError: finalists are still to train, perhaps on another machine.
     """
-    if not study.is_done(tuning.finalists):
+    if study.unfinished(tuning.finalists):
         raise cli.UserError(
             f"the finalists of {tuning.folder.name} are not all trained: wait for the machines "
             "that train them, or go on with --stage all"
         )
     chosen = choose_final(tuning)
-    remove_others(tuning, chosen)
     if "best" in chosen:
         ends = near_ends(HParams(**chosen["best"]), tuning.space)
         print(f"the winner's near an end of their range: {', '.join(ends) or 'none'}")
     else:
         print("no finalist is better than the default: it is trained alone")
-    study.queue(tuning.final, *final_trainings(tuning, chosen, repeats))
-    work_off(tuning, tuning.final, functools.partial(queued_job, True))
+    study.queue(tuning.final, missing_final(tuning, repeats))
+    for name in ("default", "best"):  # of an earlier winner: Part 3 takes what it finds
+        if not is_saved(tuning, name, chosen.get(name)):
+            network_path(tuning, name).unlink(missing_ok=True)
+            network_path(tuning, name).with_suffix(".json").unlink(missing_ok=True)
+    work_off(tuning, tuning.final)
 
 
-def remove_others(tuning: Tuning, chosen: Configurations) -> None:
-    """Remove the networks of an earlier winner: Part 3 takes what it finds."""
-    for name in ("default", "best"):
-        path = network_path(tuning, name)
-        if path.exists() and (name not in chosen or saved_hparams(path) != chosen[name]):
-            path.unlink()
-            path.with_suffix(".json").unlink(missing_ok=True)
-
-
-def final_trainings(
-    tuning: Tuning, chosen: Configurations, repeats: int
-) -> tuple[Configurations, range, list[tuple[str, int]]]:
-    """Configurations, seeds, and those of them whose network is lost: see `study.missing`."""
-    first = tuning.setting.seed
-    lost = [
-        (name, first)
-        for name, hparams in chosen.items()
-        if saved_hparams(network_path(tuning, name)) != hparams
-    ]
-    # A network that is not here may be on the machine that trained it.
-    return chosen, range(first, first + repeats), [] if tuning.dead_after_s else lost
+def missing_final(tuning: Tuning, repeats: int) -> list[study.Row]:
+    """Trainings to queue, of the default and the winner; also those whose network is lost."""
+    chosen, first = choose_final(tuning), tuning.setting.seed
+    lost = [(name, first) for name in chosen if not is_saved(tuning, name, chosen[name])]
+    if tuning.dead_after_s:  # a network that is not here may be on the machine that trained it
+        lost = []
+    return study.missing(tuning.final, chosen, range(first, first + repeats), lost)
 
 
 def network_path(tuning: Tuning, configuration: str) -> Path:
     return tuning.folder / f"{configuration}.safetensors"
 
 
-def saved_hparams(path: Path) -> dict[str, Any] | None:
-    """The hyperparameters of a saved network, by its card; None without one."""
-    if path.exists():
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-            return dict(json.loads(path.with_suffix(".json").read_text())["hyperparameters"])
-    return None
+def is_saved(tuning: Tuning, configuration: str, hparams: dict[str, Any] | None) -> bool:
+    """Whether the network of that name has these hyperparameters, by its card."""
+    path = network_path(tuning, configuration)
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        card = json.loads(path.with_suffix(".json").read_text())
+        return path.exists() and card["hyperparameters"] == hparams
+    return False
 
 
 def choose_final(tuning: Tuning) -> Configurations:
@@ -818,64 +791,68 @@ def choose_final(tuning: Tuning) -> Configurations:
     rows = study.rows_of(tuning.finalists, "held_out_top1_percent")
     means = study.summarize(rows, "held_out_top1_percent")
     chosen = {"default": asdict(tuning.default)}
-    if means and study.is_done(tuning.finalists):
-        winner = max(means, key=lambda row: row["top1_percent_mean"])
-        hparams = {row["configuration"]: json.loads(row["hparams"]) for row in rows}
-        if winner["configuration"] != "default":
-            chosen["best"] = hparams[winner["configuration"]]
+    if means and not study.unfinished(tuning.finalists):
+        winner = max(means, key=lambda row: row["top1_percent_mean"])["configuration"]
+        if winner != "default":
+            hparams = {row["configuration"]: row["hparams"] for row in rows}
+            chosen["best"] = json.loads(hparams[winner])
     return chosen
 
 
-def queued_job(final: bool, tuning: Tuning, trial: optuna.Trial) -> study.Job | None:
-    """What a trial of the finalists or the final trainings was queued for."""
-    setting, asked = tuning.setting, trial.user_attrs
+def job_of(tuning: Tuning, part: optuna.Study, trial: optuna.Trial) -> study.Job | None:
+    """The training that a trial stands for; None if another machine had emptied the queue."""
+    if part is tuning.search:
+        describe(tuning, trial)
+    setting, asked, final = tuning.setting, trial.user_attrs, part is tuning.final
     if "hparams" not in asked:
         return None
     # The first seed's, whatever its accuracy: the best of several would flatter.
     keep = final and asked["seed"] == setting.seed
     save_as = network_path(tuning, asked["configuration"]) if keep else None
+    compiled = tuning.compiled and part is not tuning.search
     hparams = HParams(**asked["hparams"])
-    return run_training, (setting, hparams, asked["seed"], final, tuning.compiled, save_as)
+    return run_training, (setting, hparams, asked["seed"], final, compiled, save_as)
 
 
-def work_off(
-    tuning: Tuning,
-    part: optuna.Study,
-    job_of: Callable[[Tuning, optuna.Trial], study.Job | None],
-    total: int | None = None,
-) -> None:
+def describe(tuning: Tuning, trial: optuna.Trial) -> None:
+    """Note what a trial of the search trains: what was chosen, less what is too large.
+
+    A retry keeps its seed and its name.
+    """
+    hparams = repair(HParams(**trial.params), tuning.num_classes, tuning.setting.max_params)
+    name = "default" if hparams == tuning.default else f"trial {trial.number}"
+    seed = tuning.setting.seed + trial.number
+    asked = {"configuration": name, "hparams": asdict(hparams), "seed": seed}
+    for key, value in (asked | trial.user_attrs).items():
+        trial.set_user_attr(key, value)
+
+
+def work_off(tuning: Tuning, part: optuna.Study, total: int | None = None) -> None:
     """See `study.work_off`; the tables are written after every training."""
-    job, changed = functools.partial(job_of, tuning), functools.partial(write_tables, tuning)
-    space = {} if total is None else tuning.space
+    job = functools.partial(job_of, tuning, part)
+    changed = functools.partial(write_tables, tuning)
+    space = tuning.space if part is tuning.search else {}
     study.work_off(part, tuning.pool, space, job, changed, total, tuning.dead_after_s)
 
 
-def tables_of(tuning: Tuning) -> dict[str, tuple[list[dict[str, Any]], list[str]]]:
-    """Rows and columns of each table; of the final trainings, those of default and winner."""
+def write_tables(tuning: Tuning) -> dict[str, list[study.Row]]:
+    """Write the tables that have rows; return the rows, of final those of default and winner."""
     held_out, chosen = "held_out_top1_percent", choose_final(tuning).values()
-    finalists, final = (
-        study.rows_of(part, top1)
-        for part, top1 in ((tuning.finalists, held_out), (tuning.final, "top1_percent"))
-    )
+    finalists = study.rows_of(tuning.finalists, held_out)
+    final = study.rows_of(tuning.final, "top1_percent")
     final = [row for row in final if json.loads(row["hparams"]) in chosen]
-    summary = study.summarize(finalists, held_out, stage="finalists")
-    summary += study.summarize(final, "top1_percent", stage="final")
-    return {
-        "trials": (study.rows_of(tuning.search, held_out), TRIAL_COLUMNS),
-        "finalists": (finalists, TRIAL_COLUMNS),
-        "final": (final, FINAL_COLUMNS),
-        "summary": (summary, SUMMARY_COLUMNS),
-        "importances": (study.importance_rows(tuning.search), IMPORTANCE_COLUMNS),
+    tables = {
+        "trials": study.rows_of(tuning.search, held_out),
+        "finalists": finalists,
+        "final": final,
+        "summary": study.summarize(finalists, held_out, stage="finalists")
+        + study.summarize(final, "top1_percent", stage="final"),
+        "importances": study.importance_rows(tuning.search),
     }
-
-
-def write_tables(tuning: Tuning) -> dict[str, list[dict[str, Any]]]:
-    """Write the tables that have rows; return the rows."""
-    tables = tables_of(tuning)
-    for name, (rows, columns) in tables.items():
+    for name, rows in tables.items():
         if rows:
-            results.write_csv(tuning.folder / f"{name}.csv", rows, columns)
-    return {name: rows for name, (rows, _) in tables.items()}
+            results.write_csv(tuning.folder / f"{name}.csv", rows, COLUMNS[name])
+    return tables
 
 
 def report(tuning: Tuning, machine: str) -> int:
@@ -905,8 +882,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = cli.Parser(__doc__)
     add, number, seconds = parser.add_argument, cli.positive_int, cli.positive_float
     boolean, threads = argparse.BooleanOptionalAction, torch.get_num_threads()
-    stages = ("search", "finalists", "final", "all")
-    add("--stage", choices=stages, default="all", help="what to do")
+    stages = ["search", "finalists", "final"]
+    add("--stage", choices=[*stages, "all"], default="all", help="what to do")
     add("--train-seconds", type=seconds, help="of each training; 60 on a GPU, 120 on a CPU")
     add("--trials", type=number, help="of the search, all its runs; 48 on a GPU, 16 on a CPU")
     add("--sampler", choices=study.SAMPLERS, default="gp", help="how configurations are chosen")
@@ -930,6 +907,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--seed", type=cli.seed, default=0, help="of the search and of the first final training")
     add("--output-dir", type=Path, default=Path("results/part2"), help="folder for all results")
     args = cli.parse_quick(parser, argv, QUICK)
+    args.stages = stages if args.stage == "all" else [args.stage]
     args.device = cli.pick_device(args.device)
     usual_seconds, usual_trials = BUDGETS[args.device.type]
     args.train_seconds = args.train_seconds or usual_seconds
@@ -992,30 +970,22 @@ def digest(texts: Iterable[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
-def trainings_to_do(tuning: Tuning, args: argparse.Namespace) -> dict[str, int]:
-    """At most so many trainings of each stage; all of a stage whose configurations may change."""
-    costs: dict[str, int] = {}
-    if args.stage in ("search", "all"):
-        costs["search"] = max(0, args.trials - len(study.finished(tuning.search)))
-    if args.stage in ("finalists", "all"):
-        if costs.get("search"):
-            goal = (args.finalists + 1) * args.finalist_seeds
-            costs["finalists"] = goal + study.to_do(tuning.finalists, {}, ())
-        else:
-            asked = choose_finalists(tuning, args.finalists, args.finalist_seeds)
-            costs["finalists"] = study.to_do(tuning.finalists, *asked)
-    if args.stage in ("final", "all"):
-        if any(costs.values()):
-            costs["final"] = 2 * args.repeats + study.to_do(tuning.final, {}, ())
-        else:
-            of_final = final_trainings(tuning, choose_final(tuning), args.repeats)
-            costs["final"] = study.to_do(tuning.final, *of_final)
-    return costs
-
-
 def announce(tuning: Tuning, args: argparse.Namespace, devices: int) -> int:
-    """Say what the run will cost, less what is there already; the number of trainings."""
-    costs = trainings_to_do(tuning, args)
+    """Say what the run will cost, less what is there already; the number of trainings.
+
+    A stage whose configurations may change before it begins is counted whole.
+    """
+    costs: dict[str, int] = {}
+    if "search" in args.stages:
+        costs["search"] = max(0, args.trials - len(study.finished(tuning.search)))
+    if "finalists" in args.stages:
+        new = len(missing_finalists(tuning, args.finalists, args.finalist_seeds))
+        if costs.get("search"):
+            new = (args.finalists + 1) * args.finalist_seeds
+        costs["finalists"] = len(study.unfinished(tuning.finalists)) + new
+    if "final" in args.stages:
+        new = 2 * args.repeats if any(costs.values()) else len(missing_final(tuning, args.repeats))
+        costs["final"] = len(study.unfinished(tuning.final)) + new
     total, parts = sum(costs.values()), ", ".join(f"{n} {stage}" for stage, n in costs.items())
     print(
         f"at most {total} trainings of {args.train_seconds:g} s ({parts}), {devices} at a time: "
@@ -1048,11 +1018,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             results.written.append(Path(args.storage))  # for the line after a Ctrl-C
         if announce(tuning, args, len(devices)):
             results.write_json(tuning.folder / "environment.json", environment)
-        if args.stage in ("search", "all"):
+        if "search" in args.stages:
             run_search(tuning, args.trials, args.sampler, start)
-        if args.stage in ("finalists", "all"):
+        if "finalists" in args.stages:
             run_finalists(tuning, args.finalists, args.finalist_seeds)
-        if args.stage in ("final", "all"):
+        if "final" in args.stages:
             run_final(tuning, args.repeats)
         return report(tuning, args.device_name)
 

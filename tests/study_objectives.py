@@ -96,9 +96,10 @@ def run_all(
         best = [trial.params for trial in study.best_trials(search) if trial.params != DEFAULT]
         chosen = {"default": DEFAULT, "first": best[0], "second": best[1]}
         job = functools.partial(queued_job, function)
-        study.queue(finalists, chosen, range(100, 102))
+        study.queue(finalists, study.missing(finalists, chosen, range(100, 102)))
         go(finalists, space={}, job_of=job)
-        study.queue(final, {"default": DEFAULT, "best": best[0]}, range(2))
+        chosen = {"default": DEFAULT, "best": best[0]}
+        study.queue(final, study.missing(final, chosen, range(2)))
         go(final, space={}, job_of=job)
         return {name: part.get_trials() for name, part in studies.items()}
 

@@ -625,8 +625,8 @@ def test_the_winner_is_the_finalist_with_the_highest_mean(tune, tmp_path: Path, 
     final, summary = read(tmp_path, "final"), read(tmp_path, "summary")
     assert trials.configuration[0] == "default"
     assert trials.status.tolist() == ["ok"] * 8
-    assert list(trials) == list(finalists) == part2.TRIAL_COLUMNS
-    assert (list(final), list(summary)) == (part2.FINAL_COLUMNS, part2.SUMMARY_COLUMNS)
+    assert list(trials) == list(finalists) == part2.COLUMNS["trials"]
+    assert (list(final), list(summary)) == (part2.COLUMNS["final"], part2.COLUMNS["summary"])
     ranked = trials[trials.configuration != "default"].nlargest(2, "held_out_top1_percent")
     three = ["default", *ranked.configuration]
     first = part2.FINALIST_SEEDS

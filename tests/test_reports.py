@@ -135,11 +135,7 @@ PLAIN_COLUMNS = {"model", "dataset", "candidate", "device", "threads", "batch_si
 PLAIN_COLUMNS |= {"study", "configuration", "trial", "epochs", "parameters"}
 COLUMNS = {
     "quantization.csv": part1_quantize.COLUMNS,
-    "trials.csv": part2_tune.TRIAL_COLUMNS,
-    "finalists.csv": part2_tune.TRIAL_COLUMNS,
-    "final.csv": part2_tune.FINAL_COLUMNS,
-    "summary.csv": part2_tune.SUMMARY_COLUMNS,
-    "importances.csv": part2_tune.IMPORTANCE_COLUMNS,
+    **{f"{name}.csv": columns for name, columns in part2_tune.COLUMNS.items()},
     "exports.csv": part3_tensorrt.EXPORT_COLUMNS,
     "tensorrt.csv": part3_tensorrt.COLUMNS,
 }

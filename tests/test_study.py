@@ -267,8 +267,11 @@ def test_the_next_trial_is_asked_for_while_one_trains(journal: Path) -> None:
 def test_only_what_is_missing_is_queued_seeds_outside(journal: Path) -> None:
     with study.opened(str(journal)) as storage:
         found = study.open_study(storage, "final", SETTING)
-        study.queue(found, {"default": DEFAULT}, [1])
-        study.queue(found, {"default": DEFAULT, "best": {"x": 1.0}}, [0, 1])
+        for configurations, seeds in (
+            ({"default": DEFAULT}, [1]),
+            ({"default": DEFAULT, "best": {"x": 1.0}}, [0, 1]),
+        ):
+            study.queue(found, study.missing(found, configurations, seeds))
         asked = [(t.user_attrs["configuration"], t.user_attrs["seed"]) for t in found.trials]
     assert asked == [("default", 1), ("default", 0), ("best", 0), ("best", 1)]
 
@@ -276,26 +279,27 @@ def test_only_what_is_missing_is_queued_seeds_outside(journal: Path) -> None:
 def test_what_failed_in_the_end_or_is_lost_is_queued_again_once(journal: Path) -> None:
     with study.opened(str(journal)) as storage:
         found = study.open_study(storage, "final", SETTING)
-        study.queue(found, {"default": DEFAULT}, [0, 1, 2])
+        study.queue(found, study.missing(found, {"default": DEFAULT}, [0, 1, 2]))
         for state, value in ((FAIL, None), (COMPLETE, 1.0), (COMPLETE, 1.0)):
             found.tell(found.ask(), value, state)
         for _ in range(2):
-            study.queue(found, {"default": DEFAULT}, [0, 1, 2], lost=[("default", 1)])
+            lost = [("default", 1)]
+            study.queue(found, study.missing(found, {"default": DEFAULT}, [0, 1, 2], lost))
         again = [(t.user_attrs["seed"], t.user_attrs["retry_of"]) for t in found.trials[3:]]
         assert again == [(0, 0), (1, 1)]
         assert [trial.number for trial in study.finished(found)] == [2]
 
 
-def test_a_study_is_done_when_nothing_waits_or_runs(journal: Path) -> None:
+def test_what_waits_or_runs_is_unfinished(journal: Path) -> None:
     with study.opened(str(journal)) as storage:
         found = study.open_study(storage, "finalists", SETTING)
-        assert study.is_done(found)
+        assert not study.unfinished(found)
         found.enqueue_trial(DEFAULT)
-        assert not study.is_done(found)
+        assert len(study.unfinished(found)) == 1
         trial = found.ask()
-        assert not study.is_done(found)
+        assert len(study.unfinished(found)) == 1
         found.tell(trial, 1.0)
-        assert study.is_done(found)
+        assert not study.unfinished(found)
 
 
 def test_a_trial_that_has_ended_is_not_tried_again(journal: Path) -> None:
@@ -610,5 +614,5 @@ def test_three_machines_share_a_database(postgresql: str) -> None:
     with study.opened(postgresql) as storage:
         for name, total in TOTALS.items():
             found = optuna.load_study(study_name=name, storage=storage)
-            assert not study.in_state(found, RUNNING) + study.in_state(found, WAITING)
+            assert not study.unfinished(found)
             assert total <= len(study.best_trials(found)) <= total + 2

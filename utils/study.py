@@ -41,22 +41,15 @@ from utils.workers import Outcome, Worker, attempt
 
 Row = dict[str, Any]
 
-SAMPLERS = ("gp", "tpe", "random")
+SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+    "gp": optuna.samplers.GPSampler,
+    "tpe": optuna.samplers.TPESampler,
+    "random": optuna.samplers.RandomSampler,
+}
 TRIES = 3  # of a training whose process dies or whose seconds are off
 HOPELESS = 5  # stop when so many trainings have failed and none has succeeded
 MIN_COMPLETE = 25  # trials; with fewer, importances are noise
 DATABASE_ERRORS = (SQLAlchemyError, StorageInternalError)
-# And what a missing driver, a folder and a damaged journal raise.
-OPENING_ERRORS = (
-    *DATABASE_ERRORS,
-    AssertionError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 # --- storages -------------------------------------------------------------------------------------
 
@@ -71,7 +64,7 @@ def opened(text: str) -> Iterator[BaseStorage]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", category=ExperimentalWarning)
     with contextlib.ExitStack() as stack:
-        with _in_one_line(text, OPENING_ERRORS):
+        with _in_one_line(text, (Exception,)):  # drivers and damaged journals raise many kinds
             if is_shared(text):
                 storage: BaseStorage = _open_database(text)
             else:
@@ -99,6 +92,8 @@ def is_shared(storage: str) -> bool:
 def _in_one_line(storage: str, kinds: tuple[type[Exception], ...]) -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except kinds as error:
         cause: Any = error.__cause__ or error
         text = first_line(getattr(cause, "orig", None) or cause)  # the driver's own words
@@ -110,9 +105,9 @@ def _in_one_line(storage: str, kinds: tuple[type[Exception], ...]) -> Iterator[N
 def _owned(path: Path) -> Iterator[None]:
     """Hold a journal for this command alone: the lock ends with its process, however that ends."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("w") as companion:
+    with path.open("a") as journal:
         try:
-            fcntl.flock(companion, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
                 f"{path} is in use by another run: wait for its end, or name another --storage"
@@ -127,7 +122,7 @@ def _drop_torn_line(path: Path) -> None:
     Raises:
         ValueError: it is no journal, or its last line is damaged, which Optuna notices too late.
     """
-    content, start = path.read_bytes() if path.exists() else b"", b'{"op_code":'
+    content, start = path.read_bytes(), b'{"op_code":'
     if content[: len(start)] != start[: len(content)]:
         raise ValueError("it is not a journal of Optuna's")
     whole = content[: content.rfind(b"\n") + 1]
@@ -173,19 +168,19 @@ def make_sampler(name: str, seed: int, begun: int, shared: bool) -> optuna.sampl
     Nor of another machine that begins at the same moment, if the storage is shared.
     """
     numbers = (seed, begun, uuid.getnode() if shared else 0)
-    mixed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
-    if name == "gp":
-        return optuna.samplers.GPSampler(seed=mixed)
-    if name == "tpe":
-        return optuna.samplers.TPESampler(seed=mixed)
-    return optuna.samplers.RandomSampler(mixed)
+    return SAMPLERS[name](seed=int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
 
 # --- trials ---------------------------------------------------------------------------------------
 
 
-def in_state(study: optuna.Study, state: TrialState) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(state,))
+def in_state(study: optuna.Study, *states: TrialState) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=states)
+
+
+def unfinished(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that wait or run, here or on another machine."""
+    return in_state(study, TrialState.WAITING, TrialState.RUNNING)
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -208,11 +203,6 @@ def left(study: optuna.Study, total: int | None) -> int:
     return total - len(finished(study)) - len(in_state(study, TrialState.RUNNING))
 
 
-def is_done(study: optuna.Study) -> bool:
-    """Whether no trial waits or runs, here or on another machine."""
-    return all(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
-
-
 def best_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The complete trials, the highest value first."""
     complete = in_state(study, TrialState.COMPLETE)
@@ -225,7 +215,7 @@ def missing(
     seeds: Iterable[int],
     lost: Collection[tuple[str, int]] = (),
 ) -> list[Row]:
-    """User attributes of the trainings that `queue` would queue.
+    """User attributes of the trainings that are to be queued.
 
     Those of each configuration with each seed that are not there yet, or have failed in the end, or
     are complete but `lost` (pairs of configuration and seed). The seeds outside: an interrupted
@@ -233,12 +223,12 @@ def missing(
     """
     last: dict[str, FrozenTrial] = {}  # its retries have higher numbers
     for trial in study.get_trials(deepcopy=False):
-        last[_training(trial.user_attrs.get("hparams"), trial.user_attrs.get("seed"))] = trial
+        last[_training(trial.user_attrs)] = trial
     found = []
     for seed in seeds:
         for name, hparams in configurations.items():
             asked: Row = {"configuration": name, "hparams": hparams, "seed": seed}
-            done = last.get(_training(hparams, seed))
+            done = last.get(_training(asked))
             if not done:
                 found.append(asked)
             elif done.state == TrialState.FAIL or (
@@ -248,25 +238,15 @@ def missing(
     return found
 
 
-def _training(hparams: Row | None, seed: int | None) -> str:
-    return json.dumps([hparams, seed], sort_keys=True)
+def _training(asked: Row) -> str:
+    """What is trained, whatever it is called."""
+    return json.dumps([asked.get("hparams"), asked.get("seed")], sort_keys=True)
 
 
-def queue(
-    study: optuna.Study,
-    configurations: Mapping[str, Row],
-    seeds: Iterable[int],
-    lost: Collection[tuple[str, int]] = (),
-) -> None:
-    """Queue a training of each configuration with each seed, as far as it is `missing`."""
-    for asked in missing(study, configurations, seeds, lost):
-        study.enqueue_trial({}, user_attrs=asked)
-
-
-def to_do(study: optuna.Study, *asked: Any) -> int:
-    """How many trainings there are until all of `missing(study, *asked)` and before are done."""
-    open_ones = [t for t in study.get_trials(deepcopy=False) if not t.state.is_finished()]
-    return len(open_ones) + len(missing(study, *asked))
+def queue(study: optuna.Study, asked: Iterable[Row]) -> None:
+    """Queue trainings, as by `missing`."""
+    for user_attrs in asked:
+        study.enqueue_trial({}, user_attrs)
 
 
 def try_again(study: optuna.Study, number: int, counted: bool = True) -> None:
