@@ -10,7 +10,7 @@ once for each of these networks.
     python part2_tune.py                              # on one GPU about an hour and a half
     python part2_tune.py --quick                      # under a minute, offline: digits
     python part2_tune.py --sampler random             # the sampler's yardstick
-    python part2_tune.py --train-seconds 170 --start cifar100-60s-gp    # from a study of 60 s
+    python part2_tune.py --train-seconds 170 --start results/part2/cifar100-60s-gp/trials.csv
     python part2_tune.py --stage final                # the default alone, unless there is a winner
     python part2_tune.py --dataset folder --data-dir my/images          # your own classes
     python part2_tune.py --storage postgresql+psycopg2://me@host/mine   # on several machines
@@ -48,7 +48,7 @@ from utils.training import Muon, capture, memory_format, prepare_backend, warmup
 
 HELD_OUT = 0.1  # share of the training images on which configurations are compared
 FINALIST_SEEDS = 100_000  # from here on, so that no trial has them
-START_TRIALS = 8  # taken from another study or a table
+START_TRIALS = 8  # taken from a table
 BUDGETS = {"cuda": (60.0, 48), "cpu": (120.0, 16)}  # seconds of a training, number of trials
 QUICK = {
     "dataset": "digits",
@@ -155,29 +155,23 @@ def near_ends(hparams: HParams, space: Space) -> list[str]:
     return found
 
 
-def read_start(
-    start: str, storage: optuna.storages.BaseStorage, space: Space
-) -> list[dict[str, Any]]:
-    """Up to eight configurations to begin with: the best of a study, or the first of a CSV.
+def read_start(start: str, space: Space) -> list[dict[str, Any]]:
+    """Up to eight configurations to begin with, from a CSV: a study's best, or else the first.
 
     Raises:
-        UserError: neither, or a configuration outside the space.
+        UserError: it is not such a table, or a configuration is outside the space.
     """
     try:
-        if Path(start).is_file():
-            rows = [json.loads(text) for text in pd.read_csv(start).hparams.unique()]
-            params = [
-                {name: row.get(name, getattr(HParams, name)) for name in space} for row in rows
-            ]
-        else:
-            cli.check_name(start, optuna.get_all_study_names(storage), "--start")
-            found = optuna.load_study(study_name=start, storage=storage)
-            params = [trial.params for trial in study.best_trials(found)]
-        for row in params[:START_TRIALS]:
+        table = pd.read_csv(start)
+        if "held_out_top1_percent" in table:
+            table = table.sort_values("held_out_top1_percent", ascending=False)
+        rows = [json.loads(text) for text in table.hparams.unique()[:START_TRIALS]]
+        params = [{name: row.get(name, getattr(HParams, name)) for name in space} for row in rows]
+        for row in params:
             optuna.trial.create_trial(value=0.0, params=row, distributions=dict(space))  # checks
     except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise cli.UserError(f"--start {start}: {cli.first_line(error)}") from error
-    return params[:START_TRIALS]
+    return params
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -398,12 +392,10 @@ def prepare_run(network: SmallCNN, hparams: HParams, task: Task, compiled: bool)
         torch.compiler.reset()  # code of earlier trainings counts towards recompile_limit
     optimizers = make_optimizers(network, hparams, batch_size)
     mirrored = torch.zeros(len(task.images), dtype=torch.bool, device=task.device)
-    make = functools.partial(
-        make_step, network, optimizers, hparams, batch_size, mirrored, compiled
-    )
-    step = small_step = make(task)
+    what = (network, optimizers, hparams, batch_size, mirrored, compiled)
+    step = small_step = make_step(*what, task)
     if hparams.small_share and (small := shrink(task)).size < task.size:
-        small_step = make(small)
+        small_step = make_step(*what, small)
     weights = [value for value in network.state_dict().values() if value.is_floating_point()]
 
     def run(steps: int, small_share: float) -> float:
@@ -887,7 +879,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--train-seconds", type=seconds, help="of each training; 60 on a GPU, 120 on a CPU")
     add("--trials", type=number, help="of the search, all its runs; 48 on a GPU, 16 on a CPU")
     add("--sampler", choices=study.SAMPLERS, default="gp", help="how configurations are chosen")
-    add("--start", help="a study of the storage (its best 8) or a CSV with hparams (its first 8)")
+    add("--start", help="CSV with hparams to begin with: a study's trials (its best 8), or any 8")
     add("--finalists", type=number, default=3, help="best trials that are compared once more")
     add("--finalist-seeds", type=number, default=4, help="trainings of each of them")
     add("--repeats", type=number, default=5, help="final trainings of default and winner, each")
@@ -947,8 +939,8 @@ def open_tuning(
     about = {key: getattr(setting, key) for key in kept} | {"images": list(images.images.shape)}
     about |= {"classes": digest(images.classes), "search_space": digest(map(str, space.items()))}
     compiled = {"compiled": args.compile and args.device.type == "cuda"}
-    # Setup and evaluation may take minutes, and a trial that is queued ahead waits for another; and
-    # twice that, as to wait costs less than to train what is not lost.
+    # Twice what two trainings may take, one queued behind the other, with minutes of setup each: to
+    # wait costs less than to train what is not lost.
     dead_after_s = 4 * (setting.train_seconds + 300)
     return Tuning(
         setting=setting,
@@ -1013,7 +1005,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # On a CPU a sampler at work would take the time of a training.
     with study.opened(args.storage) as storage, study.WorkerPool(devices, ahead=bool(gpus)) as pool:
         tuning = open_tuning(args, setting, images, storage, pool)
-        start = read_start(args.start, storage, tuning.space) if args.start else []
+        start = read_start(args.start, tuning.space) if args.start else []
         if not study.is_shared(args.storage):
             results.written.append(Path(args.storage))  # for the line after a Ctrl-C
         if announce(tuning, args, len(devices)):

@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import re
+import threading
 import time
 import uuid
 import warnings
@@ -30,7 +31,7 @@ import torch
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from scipy import stats
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
@@ -69,7 +70,9 @@ def opened(text: str) -> Iterator[BaseStorage]:
                 storage: BaseStorage = _open_database(text)
             else:
                 stack.enter_context(_owned(Path(text)))
-                storage = JournalStorage(JournalFileBackend(text, lock_obj=_NoLock(text)))
+                # Optuna's own lock files outlive a kill, and the command holds the journal anyway.
+                lock: Any = threading.RLock()
+                storage = JournalStorage(JournalFileBackend(text, lock_obj=lock))
         with _in_one_line(text, DATABASE_ERRORS):
             yield storage
 
@@ -130,16 +133,6 @@ def _drop_torn_line(path: Path) -> None:
         json.loads(whole.splitlines()[-1])
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-
-
-class _NoLock(JournalFileOpenLock):
-    """Optuna's own lock files outlive a kill, and the command holds the journal anyway."""
-
-    def acquire(self) -> bool:
-        return True
-
-    def release(self) -> None:
-        return
 
 
 def open_study(storage: BaseStorage, name: str, setting: Row) -> optuna.Study:
@@ -221,26 +214,21 @@ def missing(
     are complete but `lost` (pairs of configuration and seed). The seeds outside: an interrupted
     comparison is still a fair one.
     """
-    last: dict[str, FrozenTrial] = {}  # its retries have higher numbers
-    for trial in study.get_trials(deepcopy=False):
-        last[_training(trial.user_attrs)] = trial
+    trials = study.get_trials(deepcopy=False)
     found = []
     for seed in seeds:
         for name, hparams in configurations.items():
             asked: Row = {"configuration": name, "hparams": hparams, "seed": seed}
-            done = last.get(_training(asked))
-            if not done:
+            what = {"hparams": hparams, "seed": seed}  # whatever it was called
+            begun = [trial for trial in trials if what.items() <= trial.user_attrs.items()]
+            state = begun[-1].state if begun else None  # of the last: retries come later
+            if not begun:
                 found.append(asked)
-            elif done.state == TrialState.FAIL or (
-                done.state == TrialState.COMPLETE and (name, seed) in lost
+            elif state == TrialState.FAIL or (
+                state == TrialState.COMPLETE and (name, seed) in lost
             ):
-                found.append(asked | {"retry_of": done.number})
+                found.append(asked | {"retry_of": begun[-1].number})
     return found
-
-
-def _training(asked: Row) -> str:
-    """What is trained, whatever it is called."""
-    return json.dumps([asked.get("hparams"), asked.get("seed")], sort_keys=True)
 
 
 def queue(study: optuna.Study, asked: Iterable[Row]) -> None:
@@ -485,10 +473,15 @@ def summarize(rows: Iterable[Row], value_column: str, **about: Any) -> list[Row]
     summary: list[Row] = []
     for name, group in groups.items():
         values, n = group[value_column].to_numpy(dtype=float), len(group)
-        row: Row = about | {"configuration": name, "trainings": n}
-        row["parameters"] = int(group.parameters.iloc[0])
-        row |= {f"{key}_mean": group[key].mean() for key in ("steps", "train_seconds")}
-        row["top1_percent_mean"] = mean = values.mean()
+        mean = values.mean()
+        row: Row = about | {
+            "configuration": name,
+            "trainings": n,
+            "parameters": int(group.parameters.iloc[0]),
+            "steps_mean": group.steps.mean(),
+            "train_seconds_mean": group.train_seconds.mean(),
+            "top1_percent_mean": mean,
+        }
         if n > 1:
             row["top1_percent_sd"] = values.std(ddof=1)
         if n > 2:
