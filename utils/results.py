@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import itertools
 import json
 import os
@@ -138,7 +139,8 @@ def _cell(row: Row, column: str, spec: str) -> str:
 def environment(**extra: Any) -> dict[str, Any]:
     """CPU or GPU, driver, library versions, commit, command line and time."""
     gpu = torch.cuda.is_available()
-    cpu_flags = (_cpu_info("flags") or _cpu_info("Features")).split()  # x86, ARM
+    cpu = functools.partial(proc_value, "/proc/cpuinfo")
+    cpu_flags = (cpu("flags") or cpu("Features")).split()  # x86, ARM
     driver_query = "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"
     root = str(Path(__file__).parent)
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -148,7 +150,7 @@ def environment(**extra: Any) -> dict[str, Any]:
         "commit": _output_of("git", "-C", root, "describe", "--always", "--dirty"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpu_info("model name") or platform.processor(),
+        "cpu": cpu("model name") or platform.processor(),
         "cpu_instruction_sets": " ".join(name for name in INSTRUCTION_SETS if name in cpu_flags),
         "cpu_cores": os.cpu_count(),
         "load_average_1min": round(os.getloadavg()[0], 2),
@@ -180,9 +182,10 @@ def _output_of(*command: str) -> str | None:
     return done.stdout.strip() or None
 
 
-def _cpu_info(key: str) -> str:
+def proc_value(path: str, key: str) -> str:
+    """What follows the colon in the first line of a file that starts with a key, else nothing."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path(path).read_text().splitlines()
     except OSError:
         return ""
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(key)), "")

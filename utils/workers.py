@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from utils import cli
+from utils import cli, results
 
 SECONDS_TO_END = 30  # for a worker that was asked to; then it is terminated
 
@@ -164,43 +164,35 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def attempt(function: Callable[..., Any], *arguments: Any) -> Outcome:
-    """Call a function; its failure becomes an outcome, but for a user's error and Ctrl-C."""
-    try:
-        return Outcome("ok", value=function(*arguments))
-    except cli.UserError:
-        raise
-    except Exception as error:
-        return _explain(error)
-
-
 @contextlib.contextmanager
 def recorded(row: dict[str, Any]) -> Iterator[None]:
-    """Turn a candidate's failure into its row's status and reason; the others go on."""
+    """Turn a failure, but for a user's error and Ctrl-C, into a row's status and reason."""
     try:
         yield
     except cli.UserError:
         raise
+    except (UnavailableError, ImportError, MemoryError, torch.OutOfMemoryError) as error:
+        row.update(status="unavailable", reason=cli.first_line(error))
     except Exception as error:
-        row.update(_explain(error).columns)
+        reason = f"{type(error).__name__}: {cli.first_line(error)}"
+        row.update(status="failed", reason=reason)
 
 
-def _explain(error: Exception) -> Outcome:
-    reason = cli.first_line(error)
-    if isinstance(error, UnavailableError | ImportError | MemoryError | torch.OutOfMemoryError):
-        return Outcome("unavailable", reason)
-    return Outcome("failed", f"{type(error).__name__}: {reason}")
+def attempt(function: Callable[..., Any], *arguments: Any) -> Outcome:
+    """Call a function; what `recorded` takes becomes an outcome."""
+    columns = {"status": "ok", "reason": ""}
+    value = None
+    with recorded(columns):
+        value = function(*arguments)
+    return Outcome(value=value, **columns)
 
 
 def peak_memory_mb(device: str) -> float | None:
     """Highest memory in MB since the start or the last reset; None where it cannot be read."""
     if device == "cuda":
         return torch.cuda.max_memory_reserved() / 1e6
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024 / 1e6
-    return None
+    peak = results.proc_value("/proc/self/status", "VmHWM")
+    return int(peak.removesuffix("kB")) * 1024 / 1e6 if peak else None
 
 
 def reset_peak_memory(device: str) -> None:
