@@ -14,6 +14,7 @@ from utils import cli  # isort: skip  # first: it says in one line if this Pytho
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import math
@@ -23,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from utils import benchmark, data, evaluation, timing
-from utils.benchmark import Build, Job, Variant, state_bytes
+from utils.benchmark import Job, Variant, state_bytes
 from utils.onnx_tools import EXPORT, onnx_bytes, onnx_int8_shapes, onnx_session, save_program
 from utils.workers import Outcome, UnavailableError, Worker, attempt
 
-COLUMNS: tuple[str, ...] = (
-    "model",
-    "dataset",
-    "candidate",
-    "device",
-    "threads",
-    "batch_size",
-    "status",
-    "reason",
-)
+COLUMNS: tuple[str, ...] = ("model", "dataset", "candidate", "device", "threads", "batch_size")
+COLUMNS += ("status", "reason")
 COLUMNS += (*timing.LATENCY_COLUMNS, *evaluation.ACCURACY_COLUMNS, "accuracy_batch_size", "size_mb")
 COLUMNS += (*benchmark.MEMORY_COLUMNS, "build_seconds", *benchmark.SHARE_COLUMNS)
 COLUMNS += ("calibration_images", *benchmark.LOAD_COLUMNS)
@@ -77,14 +71,6 @@ PROFILED_CALLS = 5
 TABLE = "quantization.csv"
 
 
-@dataclass(frozen=True, kw_only=True)
-class CalibratedJob(Job):
-    """A job with training images, uint8 `[N, 3, H, W]`."""
-
-    images: np.ndarray
-    preprocessing: data.Preprocessing
-
-
 # --- the candidates: each takes (module, example batch, job) and returns a Variant ----------------
 
 
@@ -95,7 +81,7 @@ def build_fp32(module: nn.Module, example: Tensor, job: Job) -> Variant:
 
 def build_fp32_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Float32 by torch.compile."""
-    return Variant(compile_frozen(module, example), state_bytes(module))
+    return compiled(build_fp32(module, example, job), example)
 
 
 def build_tf32(module: nn.Module, example: Tensor, job: Job) -> Variant:
@@ -106,8 +92,7 @@ def build_tf32(module: nn.Module, example: Tensor, job: Job) -> Variant:
 
 def build_tf32_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Float32 with TF32 matrix products, by torch.compile (GPU)."""
-    benchmark.allow_tf32()
-    return build_fp32_compile(module, example, job)
+    return compiled(build_tf32(module, example, job), example)
 
 
 def build_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant:
@@ -118,9 +103,7 @@ def build_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant:
 
 def build_bf16_compile(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """bfloat16 by torch.compile."""
-    module = module.bfloat16()
-    call = compile_frozen(lambda x: module(x.bfloat16()), example)
-    return Variant(call, state_bytes(module))
+    return compiled(build_bf16(module, example, job), example)
 
 
 def build_int8_eager(module: nn.Module, example: Tensor, job: Job) -> Variant:
@@ -167,17 +150,15 @@ def build_int8_pt2e(module: nn.Module, example: Tensor, job: Job) -> Variant:
 def build_int8_pt2e_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """Dynamic int8 by PT2E, everything else in bfloat16 (autocast), compiled."""
     if not torch.cpu._is_avx512_supported():
-        raise UnavailableError(
-            "without AVX512 oneDNN falls back to a reference kernel: minutes a call"
-        )
+        reason = "without AVX512 oneDNN falls back to a reference kernel: minutes a call"
+        raise UnavailableError(reason)
     return quantize_pt2e(module, example, bf16=True)
 
 
 def build_onnx_fp32(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """ONNX Runtime, float32."""
     path, seconds = export_onnx(module, example, job.folder)
-    call = onnx_session(path, job.threads)
-    return Variant(call, onnx_bytes(path), extra_build_seconds=seconds)
+    return Variant(onnx_session(path, job.threads), onnx_bytes(path), None, seconds)
 
 
 def build_onnx_int8(module: nn.Module, example: Tensor, job: Job) -> Variant:
@@ -204,49 +185,50 @@ def build_onnx_int8(module: nn.Module, example: Tensor, job: Job) -> Variant:
 
 def build_openvino_fp32(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """OpenVINO, float32."""
-    model, seconds = read_openvino(module, example, job)
-    return run_openvino(model, example, job, "f32", seconds)
+    return run_openvino(module, example, job)
 
 
 def build_openvino_bf16(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """OpenVINO, bfloat16 where it has kernels for it."""
-    model, seconds = read_openvino(module, example, job)
-    return run_openvino(model, example, job, "bf16", seconds)
+    return run_openvino(module, example, job, precision="bf16")
 
 
 def build_openvino_int8(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """OpenVINO, dynamic int8 of linear layers, in groups of 64 channels; weights by NNCF."""
-    model, seconds = read_openvino(module, example, job)
-    import nncf  # after OpenVINO
 
-    convolutions = nncf.IgnoredScope(types=["Convolution", "GroupConvolution"], validate=False)
-    mode = nncf.CompressWeightsMode.INT8_ASYM
-    with contextlib.redirect_stdout(io.StringIO()):  # its bars
-        model = nncf.compress_weights(model, mode=mode, ignored_scope=convolutions)
-    variant = run_openvino(model, example, job, "f32", seconds, group_size=64)
-    return replace(variant, quantized=openvino_int8_shapes(model))
+    def compress(model: Any) -> Any:
+        import nncf
+
+        convolutions = nncf.IgnoredScope(types=["Convolution", "GroupConvolution"], validate=False)
+        mode = nncf.CompressWeightsMode.INT8_ASYM
+        return nncf.compress_weights(model, mode=mode, ignored_scope=convolutions)
+
+    return run_openvino(module, example, job, quantize=compress, group_size=64)
 
 
-def build_openvino_int8_static(module: nn.Module, example: Tensor, job: Any) -> Variant:
+def build_openvino_int8_static(
+    module: nn.Module,
+    example: Tensor,
+    job: Job,
+    images: np.ndarray,
+    preprocessing: data.Preprocessing,
+) -> Variant:
     """OpenVINO, static int8 by NNCF, calibrated: what dynamic quantisation leaves on the table."""
-    model, seconds = read_openvino(module, example, job)
-    import nncf  # after OpenVINO
 
-    images = torch.from_numpy(job.images).split(1)
-    calibration = nncf.Dataset(images, lambda x: data.preprocess(x, job.preprocessing).numpy())
-    with contextlib.redirect_stdout(io.StringIO()):
-        model = nncf.quantize(
-            model,
-            calibration,
-            model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(images),
-        )
-    variant = run_openvino(model, example, job, "f32", seconds)
-    calibrated = {"calibration_images": len(images)}
-    return replace(variant, quantized=openvino_int8_shapes(model), columns=calibrated)
+    def quantize(model: Any) -> Any:
+        import nncf
+
+        batches = torch.from_numpy(images).split(1)
+        calibration = nncf.Dataset(batches, lambda x: data.preprocess(x, preprocessing).numpy())
+        kind = nncf.ModelType.TRANSFORMER
+        return nncf.quantize(model, calibration, model_type=kind, subset_size=len(images))
+
+    variant = run_openvino(module, example, job, quantize=quantize)
+    return replace(variant, columns={"calibration_images": len(images)})
 
 
-CANDIDATES: dict[str, tuple[Build, str]] = {  # name: how to build it, and where it runs
+# Name: how to build it, and where it runs.
+CANDIDATES: dict[str, tuple[Callable[..., Variant], str]] = {
     "fp32": (build_fp32, "cpu cuda"),
     "fp32-compile": (build_fp32_compile, "cpu cuda"),
     "tf32": (build_tf32, "cuda"),
@@ -278,16 +260,11 @@ def linear_layers(module: nn.Module, example: Tensor) -> set[str]:
 
     Of others the model takes the weight itself, for a function; a quantised layer has none to take.
     """
-    called: set[str] = set()
-    hooks = [
-        layer.register_forward_hook(lambda *_, name=name: called.add(name))
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)
-    ]
-    module(example)
-    for hook in hooks:
-        hook.remove()
-    return called
+    called: set[nn.Module] = set()
+    with register_module_forward_hook(lambda layer, *_: called.add(layer)):
+        module(example)
+    linear = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear)]
+    return {name for name, layer in linear if layer in called}
 
 
 def make_plain(module: nn.Module, layers: Iterable[str]) -> None:
@@ -316,16 +293,16 @@ def needs_7_bits() -> bool:
     return x86 and not torch.cpu._is_vnni_supported()
 
 
-def compile_frozen(call: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Any]:
-    """torch.compile for one input shape, weights folded into the graph; CUDA graphs on a GPU."""
+def compiled(variant: Variant, example: Tensor) -> Variant:
+    """By torch.compile for one input shape, weights folded into it; CUDA graphs on a GPU."""
     import torch._inductor.config as inductor
 
     on_gpu = example.is_cuda
     benchmark.require_compiler(example.device.type)
     inductor.freezing = not on_gpu  # as an option of torch.compile it is ignored
-    compiled = torch.compile(call, mode="reduce-overhead" if on_gpu else None)
-    compiled(example)
-    return compiled
+    call = torch.compile(variant.call, mode="reduce-overhead" if on_gpu else None)
+    call(example)
+    return replace(variant, call=call)
 
 
 def int8_torchao_config(example: Tensor) -> Any:
@@ -353,8 +330,8 @@ def quantize_torchao(
     quantize_(module, config, filter_fn=lambda _, name: name in layers)
     weights = [layer.weight for name, layer in module.named_modules() if name in layers]
     shapes = [tuple(weight.shape) for weight in weights if type(weight) is not nn.Parameter]
-    call = compile_frozen(lambda x: module(x.to(dtype)), example)
-    return Variant(call, state_bytes(module), shapes)
+    eager = Variant(lambda x: module(x.to(dtype)), state_bytes(module), shapes)
+    return compiled(eager, example)
 
 
 def quantize_pt2e(module: nn.Module, example: Tensor, bf16: bool) -> Variant:
@@ -365,8 +342,8 @@ def quantize_pt2e(module: nn.Module, example: Tensor, bf16: bool) -> Variant:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             return converted(x)
 
-    shapes = pt2e_int8_shapes(converted)
-    return Variant(compile_frozen(call, example), state_bytes(converted), shapes)
+    eager = Variant(call, state_bytes(converted), pt2e_int8_shapes(converted))
+    return compiled(eager, example)
 
 
 def convert_pt2e(module: nn.Module, example: Tensor) -> Any:
@@ -453,28 +430,31 @@ def export_onnx(module: nn.Module, example: Tensor, folder: Path) -> tuple[Path,
     return path, 0.0
 
 
-def read_openvino(module: nn.Module, example: Tensor, job: Job) -> tuple[Any, float]:
-    """The exported model, and the seconds that the export took."""
-    # Its import alone reports to its makers, unless they find the package for that missing.
-    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
-    import openvino
-
-    path, seconds = export_onnx(module, example, job.folder)
-    return openvino.Core().read_model(path), seconds
-
-
 def run_openvino(
-    model: Any, example: Tensor, job: Job, precision: str, seconds: float, group_size: int = 0
+    module: nn.Module,
+    example: Tensor,
+    job: Job,
+    precision: str = "f32",
+    quantize: Callable[[Any], Any] | None = None,
+    group_size: int = 0,
 ) -> Variant:
     """Compile for the CPU; nothing is left to OpenVINO's choice, which is bf16 and groups of 32.
 
     Args:
         precision: of what is not quantised, f32 or bf16.
-        seconds: that the export took.
+        quantize: takes a model of OpenVINO's and returns it with weights in 8 bits.
         group_size: channels that share a scale of dynamically quantised activations; 0: none are.
     """
+    # Its import alone reports to its makers, unless they find the package for that missing.
+    sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino
 
+    exported, seconds = export_onnx(module, example, job.folder)
+    model, shapes = openvino.Core().read_model(exported), None
+    if quantize:
+        with contextlib.redirect_stdout(io.StringIO()):  # NNCF's bars
+            model = quantize(model)
+        shapes = openvino_int8_shapes(model)
     path = job.folder / f"{job.candidate}-{os.getpid()}.xml"
     openvino.save_model(model, path, compress_to_fp16=False)
     size = path.stat().st_size + path.with_suffix(".bin").stat().st_size
@@ -486,7 +466,7 @@ def run_openvino(
     }
     model.reshape(list(example.shape))
     request = openvino.Core().compile_model(model, "CPU", settings).create_infer_request()
-    return Variant(lambda x: request.infer([x.numpy()])[0], size, extra_build_seconds=seconds)
+    return Variant(lambda x: request.infer([x.numpy()])[0], size, shapes, seconds)
 
 
 def openvino_int8_shapes(model: Any) -> list[tuple[int, ...]]:
@@ -504,11 +484,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; `--quick` changes the defaults, and explicit flags still win."""
     parser = cli.Parser(__doc__)
     benchmark.add_arguments(parser, Path("results/part1"), [1, 32])
-    parser.add_argument(
-        "--profile",
-        action="store_true",
-        help="write torch.profiler's table and a Chrome trace of each candidate",
-    )
+    what = "write torch.profiler's table and a Chrome trace of each candidate"
+    parser.add_argument("--profile", action="store_true", help=what)
     parser.set_defaults(model="dinov2_vits14_lc", dataset="tiny-imagenet")
     return cli.parse_quick(parser, argv, QUICK)
 
@@ -530,16 +507,15 @@ def choose_candidates(wanted: Sequence[str] | None, device: str) -> list[str]:
 def make_job(run: benchmark.Run, name: str) -> Job:
     """The job of one candidate, with the reason if it cannot start."""
     build, devices = CANDIDATES[name]
-    known: dict[str, Any] = {"candidate": name, "build": build}
-    known |= {"source": run.source, "device": run.device}
+    missing = None
     if run.device not in devices.split():
-        return Job(missing=Outcome("unavailable", f"it does not run on {run.device}"), **known)
-    if build is not build_openvino_int8_static:
-        return Job(**known)
-    images = attempt(benchmark.load_calibration, run, CALIBRATION_IMAGES)
-    if not images.ok:
-        return Job(missing=images, **known)
-    return CalibratedJob(images=images.value, preprocessing=run.model.preprocessing, **known)
+        missing = Outcome("unavailable", f"it does not run on {run.device}")
+    elif build is build_openvino_int8_static:
+        images = attempt(benchmark.load_calibration, run, CALIBRATION_IMAGES)
+        missing = None if images.ok else images
+        how = run.model.preprocessing
+        build = functools.partial(build, images=images.value, preprocessing=how)
+    return Job(candidate=name, build=build, source=run.source, device=run.device, missing=missing)
 
 
 def part2_network(**architecture: Any) -> nn.Module:
