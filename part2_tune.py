@@ -644,8 +644,8 @@ def run_training(
             "architecture": architecture,
             "top1": round(top1, 2),
             "hyperparameters": asdict(hparams),
+            "training": {"seed": seed} | columns,
         }
-        about["training"] = {"seed": seed} | columns
         on_cpu = SmallCNN(**architecture)
         models.write_checkpoint(save_as, on_cpu, state, task.preprocessing, scored, about, device)
     return top1, columns, ""
