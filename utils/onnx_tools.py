@@ -122,8 +122,8 @@ def check_onnx(path: Path) -> dict[str, Any]:
     ):
         found = " and ".join(f"{value.name} {value.dtype} {value.shape}" for value in values)
         raise ValueError(f"{found}: expected float32 [N, 3, H, W] in, [N, C] out, for any N")
-    size_mb = onnx_bytes(path) / 1e6
-    return {"onnx_opset": model.opset_imports[""], "nodes": len(model.graph), "size_mb": size_mb}
+    opset = model.opset_imports[""]
+    return {"onnx_opset": opset, "nodes": len(model.graph), "size_mb": onnx_bytes(path) / 1e6}
 
 
 def onnx_int8_shapes(path: Path) -> list[tuple[int, int]]:
@@ -146,12 +146,21 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def onnx_session_options(threads: int) -> Any:
-    """Options of a session on the CPU; its threads spin within a call and sleep between calls."""
-    options = import_onnxruntime().SessionOptions()
+def open_session(model: Path | bytes, folder: Path, threads: int, level: str) -> Any:
+    """A session on the CPU, whose threads spin within a call and sleep between calls.
+
+    Args:
+        folder: of the weights that are not in `model` itself.
+        level: of ONNX Runtime's GraphOptimizationLevel.
+    """
+    runtime = import_onnxruntime()
+    options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
+    options.graph_optimization_level = getattr(runtime.GraphOptimizationLevel, level)
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    return options
+    external = "session.model_external_initializers_file_folder_path"
+    options.add_session_config_entry(external, str(folder))
+    return runtime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def onnx_session(path: Path, threads: int, optimize: bool = True) -> Callable[[Tensor], Any]:
@@ -161,10 +170,8 @@ def onnx_session(path: Path, threads: int, optimize: bool = True) -> Callable[[T
         optimize: False runs the operators as they are written, which is what a check wants: fused
             8-bit kernels differ between versions and CPUs, and some do not load fp8 files.
     """
-    runtime, options = import_onnxruntime(), onnx_session_options(threads)
-    if not optimize:
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    level = "ORT_ENABLE_ALL" if optimize else "ORT_DISABLE_ALL"
+    session = open_session(path, path.parent, threads, level)
     (images,) = session.get_inputs()
     return lambda x: session.run(None, {images.name: x.numpy()})[0]
 
@@ -209,11 +216,18 @@ def onnx_cuda_session(path: Path) -> Callable[[Tensor], Tensor]:
 def find_products(graph: ir.Graph, kind: str, attention: bool) -> list[ir.Node]:
     """The products to compute in 8 bits, in the file's order: both inputs of each get a pair.
 
-    They are convolutions and linear layers, see `choose_weighted`, and with `attention` also its
-    products of two activations.
+    Those with a weight, but for those that make the logits and for narrow ones (a grouped
+    convolution is narrow); with `attention` also its products of two activations. Convolutions
+    stay as they are in fp8, which few of TensorRT's convolutions know, and where they do less than
+    the linear layers: TensorRT 10.6 fails on the quantised patch embedding of a ViT.
     """
-    weighted = choose_weighted(graph, kind)
-    return [node for node in graph if node in weighted or (attention and is_attention(node))]
+    weighted = [node for node in graph if weight_axis(node) is not None]
+    work = [count_work(node) * (-1 if node.op_type == "Conv" else 1) for node in weighted]
+    linear_only = kind == "fp8" or sum(work) > 0
+    wide = {node for node in weighted if min(node.inputs[1].shape[:2]) >= FEWEST_CHANNELS}
+    convolutions = {node for node in weighted if linear_only and node.op_type == "Conv"}
+    chosen = wide - convolutions - find_classifiers(graph)
+    return [node for node in graph if node in chosen or (attention and is_attention(node))]
 
 
 def is_attention(node: ir.Node) -> bool:
@@ -225,26 +239,6 @@ def find_activations(products: Iterable[ir.Node]) -> list[ir.Value]:
     """The computed tensors among the inputs of products, each once."""
     values = dict.fromkeys(value for node in products for value in node.inputs[:2])
     return [value for value in values if value.const_value is None]
-
-
-def choose_weighted(graph: ir.Graph, kind: str) -> set[ir.Node]:
-    """The products with a weight that are computed in 8 bits.
-
-    Not those that make the logits, nor narrow ones (a grouped convolution is narrow). Convolutions
-    stay as they are in fp8, which few of TensorRT's convolutions know, and where they do less than
-    the linear layers: TensorRT 10.6 fails on the quantised patch embedding of a ViT.
-    """
-    weighted = [node for node in graph if weight_axis(node) is not None]
-    work = [count_work(node) * (-1 if node.op_type == "Conv" else 1) for node in weighted]
-    linear_only = kind == "fp8" or sum(work) > 0
-    classifiers = find_classifiers(graph)
-    return {
-        node
-        for node in weighted
-        if node not in classifiers
-        and min(node.inputs[1].shape[:2]) >= FEWEST_CHANNELS
-        and not (linear_only and node.op_type == "Conv")
-    }
 
 
 def weight_axis(node: ir.Node) -> int | None:
@@ -267,15 +261,12 @@ def count_work(node: ir.Node) -> int:
 
 def find_classifiers(graph: ir.Graph) -> set[ir.Node]:
     """The products that reach the output by nothing but AFTER_CLASSIFIER."""
-    found, waiting = set(), list(graph.outputs)
-    while waiting:
-        value = waiting.pop()
-        node = value.producer() if value is not None else None
-        if node is not None and node.op_type in PRODUCTS:
-            found.add(node)
-        elif node is not None and node.op_type in AFTER_CLASSIFIER and not is_residual(node):
-            waiting += node.inputs
-    return found
+
+    def follows(node: ir.Node) -> bool:
+        return node.op_type in AFTER_CLASSIFIER and not is_residual(node)
+
+    makers = {value.producer() for value in find_sources(graph.outputs, follows)}
+    return {node for node in makers if node is not None and node.op_type in PRODUCTS}
 
 
 def is_residual(node: ir.Node) -> bool:
@@ -283,18 +274,21 @@ def is_residual(node: ir.Node) -> bool:
     if node.op_type != "Add":
         return False
     first, second = node.inputs
-    return first in find_sources(second) or second in find_sources(first)
+    return first in find_sources([second]) or second in find_sources([first])
 
 
-def find_sources(value: ir.Value) -> set[ir.Value]:
-    """All that a tensor is computed from, itself included, but for constants."""
-    found, waiting = set(), [value]
+def find_sources(
+    values: Iterable[ir.Value], through: Callable[[ir.Node], bool] = lambda node: True
+) -> set[ir.Value]:
+    """All that tensors are computed from through such nodes, themselves included, no constants."""
+    found, waiting = set(), list(values)
     while waiting:
         value = waiting.pop()
         if value is None or value.const_value is not None or value in found:
             continue
         found.add(value)
-        if node := value.producer():
+        node = value.producer()
+        if node is not None and through(node):
             waiting += node.inputs
     return found
 
@@ -320,7 +314,11 @@ def calibrate(
     generator = np.random.default_rng(0)
     largest = dict.fromkeys(tensors, 0.0)
     samples: dict[str, list[np.ndarray]] = {name: [] for name in tensors}
-    session = _session_with_outputs(path, tensors, threads)
+    model = ir.load(path)
+    values = ir.convenience.create_value_mapping(model.graph)
+    model.graph.outputs[:] = [values[name] for name in tensors]
+    content = ir.to_proto(model).SerializeToString()
+    session = open_session(content, path.parent, threads, "ORT_ENABLE_BASIC")
     for batch in images:
         found = session.run(list(tensors), {"images": batch})
         for name, values in zip(tensors, found, strict=True):
@@ -331,22 +329,10 @@ def calibrate(
             samples[name].append(magnitudes[chosen].astype(np.float32))
     if not all(np.isfinite(value) for value in largest.values()):
         raise FloatingPointError(f"{path.name}: an activation holds NaN or infinity")
-    best = {name: _best_range(np.concatenate(samples[name]), largest[name]) for name in tensors}
-    return {name: (largest[name], best[name]) for name in tensors}
-
-
-def _session_with_outputs(path: Path, tensors: Sequence[str], threads: int) -> Any:
-    """A session whose outputs are inner tensors of the file."""
-    runtime, model = import_onnxruntime(), ir.load(path)
-    values = ir.convenience.create_value_mapping(model.graph)
-    model.graph.outputs[:] = [values[name] for name in tensors]
-    options = onnx_session_options(threads)
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(path.parent)
-    )
-    content = ir.to_proto(model).SerializeToString()
-    return runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    return {
+        name: (limit, _best_range(np.concatenate(samples[name]), limit))
+        for name, limit in largest.items()
+    }
 
 
 def _best_range(magnitudes: np.ndarray, largest: float) -> float:
@@ -392,7 +378,12 @@ def quantize_onnx(
             f"next to nothing to quantise: {counts['quantized_weights']} of {counts['weights']} "
             f"weights, {counts['quantized_work_percent']:.0f} % of the multiply-adds"
         )
-    insert_pairs(model.graph, products, kind, ranges, per_channel)
+    restored: dict[ir.Value, ir.Value] = {}  # products that read the same tensor share a pair
+    for node in products:
+        for position, value in enumerate(node.inputs[:2]):
+            if value not in restored:
+                restored[value] = insert_pair(node, value, kind, ranges, per_channel)
+            node.replace_input_with(position, restored[value])
     save_onnx(model, target)
     return counts
 
@@ -401,64 +392,37 @@ def count_quantized(graph: ir.Graph, products: Sequence[ir.Node]) -> dict[str, f
     """How many weights and activations are quantised, and their share of all multiply-adds."""
     work = {node: count_work(node) for node in graph if node.op_type in PRODUCTS}
     quantized = sum(work[node] for node in products)
+    weights = {node.inputs[1] for node in work if weight_axis(node) is not None}
     return {
-        "quantized_weights": count_weights(products),
-        "weights": count_weights(work),
+        "quantized_weights": len(weights.intersection(node.inputs[1] for node in products)),
+        "weights": len(weights),
         "quantized_activations": len(find_activations(products)),
         "quantized_work_percent": 100 * quantized / max(1, sum(work.values())),
     }
 
 
-def count_weights(products: Iterable[ir.Node]) -> int:
-    """How many constants the products have as weights."""
-    return len({node.inputs[1] for node in products if weight_axis(node) is not None})
-
-
-def insert_pairs(
-    graph: ir.Graph,
-    products: Sequence[ir.Node],
-    kind: str,
-    ranges: Mapping[str, Range],
-    per_channel: bool,
-) -> None:
-    """Put a pair before both inputs, in place; products that read the same tensor share one."""
-    restored: dict[ir.Value, ir.Value] = {}
-    for node in products:
-        for position, value in enumerate(node.inputs[:2]):
-            if value not in restored:
-                if value.const_value is None:
-                    limits = np.array(ranges[value.name][kind == "int8"])
-                else:
-                    limits = weight_limits(node, per_channel)
-                restored[value] = _insert_pair(graph, node, value, limits, kind)
-            node.replace_input_with(position, restored[value])
-
-
-def weight_limits(node: ir.Node, per_channel: bool) -> np.ndarray:
-    """The largest magnitudes of a product's weight, `[channels]`, or the one of them all."""
-    weight = np.abs(node.inputs[1].const_value.numpy().astype(np.float32))
-    others = tuple(i for i in range(weight.ndim) if i != weight_axis(node))
-    return weight.max(axis=others if per_channel else None)
-
-
-def _insert_pair(
-    graph: ir.Graph, node: ir.Node, value: ir.Value, limits: np.ndarray, kind: str
+def insert_pair(
+    node: ir.Node, value: ir.Value, kind: str, ranges: Mapping[str, Range], per_channel: bool
 ) -> ir.Value:
     """Put QuantizeLinear and DequantizeLinear between a tensor and a node; the restored tensor."""
+    if value.const_value is None:
+        limits = np.array(ranges[value.name][kind == "int8"])
+    else:
+        weight = np.abs(value.const_value.numpy().astype(np.float32))
+        others = tuple(i for i in range(weight.ndim) if i != weight_axis(node))
+        limits = weight.max(axis=others if per_channel else None)
     scale = np.maximum(limits / LARGEST[kind], SMALLEST_SCALE).astype(value.dtype.numpy())
     zero = np.zeros(scale.shape, TYPES[kind].numpy())
     constants = []
     for name, array in {f"{value.name}_scale": scale, f"{value.name}_zero": zero}.items():
         constants.append(ir.val(name, const_value=ir.tensor(array, name=name)))
-        graph.register_initializer(constants[-1])
+        node.graph.register_initializer(constants[-1])
     axis = {"axis": weight_axis(node)} if scale.ndim else {}
     quantized = ir.val(f"{value.name}_quantized", TYPES[kind], value.shape)
     restored = ir.val(f"{value.name}_restored", value.dtype, value.shape)
-    for operator, source, target in (
-        ("QuantizeLinear", value, quantized),
-        ("DequantizeLinear", quantized, restored),
-    ):
+    steps = {"QuantizeLinear": (value, quantized), "DequantizeLinear": (quantized, restored)}
+    for operator, (source, target) in steps.items():
         name = f"{value.name}_{operator}"
-        pair = ir.node(operator, [source, *constants], axis, outputs=[target], name=name)
-        graph.insert_before(node, pair)
+        step = ir.node(operator, [source, *constants], axis, outputs=[target], name=name)
+        node.graph.insert_before(node, step)
     return restored
