@@ -169,15 +169,10 @@ def build_tensorrt(module: nn.Module, example: Tensor, job: Any) -> Variant:
         runner.execute()
         return logits
 
-    def host_call(x: Tensor) -> np.ndarray:
-        runner.upload(x.numpy())
-        runner.execute()
-        return runner.download()
-
     columns = {"cuda_graph": not runner.no_graph, "engine_memory_mb": runner.memory_bytes / 1e6}
     if job.cuda_graph and runner.no_graph:
         columns["reason"] = f"it runs as with --no-cuda-graph: {runner.no_graph}"
-    return Variant(call, len(plan), host_call=host_call, columns=columns)
+    return Variant(call, len(plan), host_call=lambda x: runner.submit(x.numpy()), columns=columns)
 
 
 @dataclass(frozen=True)

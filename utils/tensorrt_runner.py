@@ -13,17 +13,14 @@ import hashlib
 import json
 import traceback
 import types
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 PROFILED_RUNS = 10  # whose layer times are averaged
-
-
-class MissingError(ImportError):
-    """A GPU that TensorRT and pycuda can use is missing."""
 
 
 class EngineError(RuntimeError):
@@ -38,7 +35,7 @@ def primary_context() -> Iterator[Any]:
     """Make the first GPU's primary context current, PyTorch's own; yields the pycuda device.
 
     Raises:
-        ImportError: TensorRT or pycuda is not installed, or MissingError: CUDA finds no GPU.
+        ImportError: TensorRT, pycuda or a GPU that CUDA can use is missing.
     """
     import pycuda.driver as cuda
     from tensorrt import Builder  # noqa: F401  # a folder of type stubs imports, but is empty
@@ -48,7 +45,7 @@ def primary_context() -> Iterator[Any]:
         device = cuda.Device(0)
         context = device.retain_primary_context()
     except cuda.Error as error:
-        raise MissingError(f"CUDA finds no usable GPU: {error}") from error
+        raise ImportError(f"CUDA finds no usable GPU: {error}") from error
     context.push()
     try:
         yield device
@@ -72,9 +69,7 @@ def shared_logger() -> Any:
     import tensorrt as trt
 
     class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
+        errors: ClassVar[list[str]] = []
 
         def log(self, severity: Any, msg: str) -> None:
             if int(severity) <= int(trt.ILogger.Severity.ERROR):
@@ -106,9 +101,8 @@ def create(kind: Callable[[Any], Any]) -> Any:
     try:
         return kind(shared_logger())
     except TypeError as error:  # all that the binding says when CUDA does not start
-        raise MissingError(
-            "TensorRT cannot use this GPU: the driver may be older than its CUDA version"
-        ) from error
+        reason = "TensorRT cannot use this GPU: the driver may be older than its CUDA version"
+        raise ImportError(reason) from error
 
 
 # --- plans ----------------------------------------------------------------------------------------
@@ -150,15 +144,17 @@ def load_engine(plan: bytes) -> Any:
 # --- running --------------------------------------------------------------------------------------
 
 
-class Runner:
+class Runner(contextlib.AbstractContextManager["Runner"]):
     """An engine at one batch size, with a stream, buffers and a CUDA graph of its own.
 
     Everything is allocated here, so that nothing is later. The methods only enqueue, but for
     `infer` and `layers`; work of others that shares the buffers belongs on `stream_handle`.
 
     Attributes:
+        execute: runs the engine on the images in its buffer: launches the CUDA graph, or enqueues.
         no_graph: why the engine is not replayed as a CUDA graph; empty if it is.
         memory_bytes: of the GPU, taken by the engine with its weights, scratch and buffers.
+        stream_handle: the CUstream on which everything happens.
     """
 
     def __init__(self, plan: bytes, batch_size: int, cuda_graph: bool = True) -> None:
@@ -166,28 +162,30 @@ class Runner:
 
         self._cuda = cuda
         self._stream: Any = cuda.Stream()
+        self.stream_handle = int(self._stream.handle)
         self._context: Any = None
         self._engine: Any = None
-        self._launch: Any = self._enqueue
         self._cleanup = contextlib.ExitStack()
+        self.execute: Any = self._enqueue
         free, _ = cuda.mem_get_info()
         try:
             self._engine = load_engine(plan)
-            self._open_context(batch_size)
-            self._allocate()
+            images, logits = self._open_context(batch_size)
+            self._images, self._host_images = self._allocate(images, self.input_shape)
+            self._logits, self._host_logits = self._allocate(logits, self.output_shape)
+            self.upload(self._host_images)
             self.execute()  # the first run sets up what a capture cannot hold
             self._stream.synchronize()
             self.no_graph = self._capture() if cuda_graph else "it was not asked for"
-        except cuda.MemoryError as error:
+        except BaseException as error:
             self.close()
-            raise MemoryError(f"not enough GPU memory for the engine: {error}") from error
-        except BaseException:
-            self.close()
+            if isinstance(error, cuda.MemoryError):
+                raise MemoryError(f"not enough GPU memory for the engine: {error}") from error
             raise
         self.memory_bytes = free - cuda.mem_get_info()[0]
 
-    def _open_context(self, batch_size: int) -> None:
-        """Create the execution context and fix its profile and shapes."""
+    def _open_context(self, batch_size: int) -> tuple[str, str]:
+        """Create the execution context, fix its profile and shapes; names of images and logits."""
         import tensorrt as trt
 
         engine, strategies = self._engine, trt.ExecutionContextAllocationStrategy
@@ -197,37 +195,33 @@ class Runner:
         kinds = {engine.get_tensor_dtype(n) for n in names}
         if len(inputs) != 1 or len(outputs) != 1 or kinds != {trt.float32}:
             raise EngineError(f"the engine has {names}: expected one float32 input and output")
-        self._names = inputs[0], outputs[0]
+        images, logits = *inputs, *outputs
         # Scratch memory of the chosen profile; by default it is that of the largest batch.
         self._context = engine.create_execution_context(strategies.ON_PROFILE_CHANGE)
         if self._context is None:
             raise refusal("TensorRT cannot make an execution context")
-        profile = find_profile(engine, inputs[0], batch_size)
+        profile = find_profile(engine, images, batch_size)
         chosen = self._context.set_optimization_profile_async(profile, self.stream_handle)
         self._stream.synchronize()
-        self.input_shape = (batch_size, *tuple(engine.get_tensor_shape(inputs[0]))[1:])
+        self.input_shape = (batch_size, *tuple(engine.get_tensor_shape(images))[1:])
         shape = trt.Dims(list(self.input_shape))
-        if not chosen or not self._context.set_input_shape(inputs[0], shape):
+        if not chosen or not self._context.set_input_shape(images, shape):
             raise refusal(f"TensorRT refuses the input shape {self.input_shape}")
         if missing := self._context.infer_shapes():
             raise refusal(f"TensorRT wants more shapes: {missing}")
-        self.output_shape = tuple(self._context.get_tensor_shape(outputs[0]))
+        self.output_shape = tuple(self._context.get_tensor_shape(logits))
+        return images, logits
 
-    def _allocate(self) -> None:
-        """Device buffers, and pinned host buffers of the same shapes."""
-        shapes = dict(zip(self._names, (self.input_shape, self.output_shape), strict=True))
-        self._device: dict[str, Any] = {}
-        self._host: dict[str, np.ndarray] = {}
-        for name, shape in shapes.items():
-            host = self._cuda.pagelocked_empty(shape, np.float32)
-            host.fill(0)
-            self._host[name] = host
-            self._cleanup.callback(host.base.free)
-            self._device[name] = self._cuda.mem_alloc(host.nbytes)
-            self._cleanup.callback(self._device[name].free)
-            if not self._context.set_tensor_address(name, int(self._device[name])):
-                raise refusal(f"TensorRT refuses the buffer of {name}")
-        self.upload(self._host[self._names[0]])
+    def _allocate(self, name: str, shape: tuple[int, ...]) -> tuple[Any, np.ndarray]:
+        """A tensor's buffer on the device, and one of the same shape in pinned host memory."""
+        host = self._cuda.pagelocked_empty(shape, np.float32)
+        host.fill(0)
+        self._cleanup.callback(host.base.free)
+        device = self._cuda.mem_alloc(host.nbytes)
+        self._cleanup.callback(device.free)
+        if not self._context.set_tensor_address(name, int(device)):
+            raise refusal(f"TensorRT refuses the buffer of {name}")
+        return device, host
 
     def _capture(self) -> str:
         """Record one enqueue as a CUDA graph; returns why not, if that cannot be."""
@@ -249,7 +243,7 @@ class Runner:
         if int(status) != 0:
             return str(driver.CUresult(status).name)
         self._cleanup.callback(driver.cuGraphExecDestroy, executable)
-        self._launch = lambda: check_cuda(driver.cuGraphLaunch(executable, stream))
+        self.execute = lambda: check_cuda(driver.cuGraphLaunch(executable, stream))
         return ""
 
     def _enqueue(self) -> None:
@@ -257,15 +251,10 @@ class Runner:
             raise refusal("TensorRT cannot run the engine")
 
     @property
-    def stream_handle(self) -> int:
-        """The CUstream on which everything happens."""
-        return int(self._stream.handle)
-
-    @property
     def device_logits(self) -> Any:
         """The logits' buffer on the device, which PyTorch and CuPy read without a copy."""
-        pointer = int(self._device[self._names[1]])
-        interface = {"shape": self.output_shape, "typestr": "<f4", "data": (pointer, False)}
+        data = int(self._logits), False
+        interface = {"shape": self.output_shape, "typestr": "<f4", "data": data}
         return types.SimpleNamespace(__cuda_array_interface__=interface | {"version": 3})
 
     def upload(self, images: np.ndarray) -> None:
@@ -273,32 +262,26 @@ class Runner:
         found = images.shape, images.dtype, images.flags.c_contiguous
         if found != (self.input_shape, np.float32, True):
             raise ValueError(f"{found}: expected float32 {self.input_shape}, contiguous in memory")
-        self._cuda.memcpy_htod_async(self._device[self._names[0]], images, self._stream)
+        self._cuda.memcpy_htod_async(self._images, images, self._stream)
 
     def copy_from_device(self, pointer: int, size: int) -> None:
         """Copy `size` bytes from elsewhere on the device: contiguous float32 `input_shape`."""
-        wanted = self._host[self._names[0]].nbytes
+        wanted = self._host_images.nbytes
         if size != wanted:
             raise ValueError(f"{size} bytes of images: expected {wanted}, {self.input_shape}")
-        self._cuda.memcpy_dtod_async(self._device[self._names[0]], pointer, size, self._stream)
+        self._cuda.memcpy_dtod_async(self._images, pointer, size, self._stream)
 
-    def execute(self) -> None:
-        """Run the engine on the images in its buffer: a launch of the CUDA graph, or an enqueue."""
-        self._launch()
-
-    def download(self) -> np.ndarray:
-        """Start copying the logits; returns the pinned buffer they will be in."""
-        logits = self._host[self._names[1]]
-        self._cuda.memcpy_dtoh_async(logits, self._device[self._names[1]], self._stream)
-        return logits
+    def submit(self, images: np.ndarray) -> np.ndarray:
+        """Upload images, execute, and copy the logits to the pinned buffer that it returns."""
+        self.upload(images)
+        self.execute()
+        self._cuda.memcpy_dtoh_async(self._host_logits, self._logits, self._stream)
+        return self._host_logits
 
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Logits of float32 images, host to host, when they are ready."""
-        pinned = self._host[self._names[0]]
-        np.copyto(pinned, images)
-        self.upload(pinned)
-        self.execute()
-        logits = self.download()
+        np.copyto(self._host_images, images)
+        logits = self.submit(self._host_images)
         self._stream.synchronize()
         return logits.copy()
 
@@ -310,26 +293,25 @@ class Runner:
         """
         import tensorrt as trt
 
-        class Profiler(trt.IProfiler):
-            def __init__(self) -> None:
-                trt.IProfiler.__init__(self)
-                self.ms: dict[str, float] = {}
+        times: defaultdict[str, float] = defaultdict(float)
 
+        class Profiler(trt.IProfiler):
             def report_layer_time(self, layer_name: str, ms: float) -> None:
-                self.ms[layer_name] = self.ms.get(layer_name, 0.0) + ms / PROFILED_RUNS
+                times[layer_name] += ms / PROFILED_RUNS
 
         inspector = self._engine.create_engine_inspector()
         inspector.execution_context = self._context
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         take_errors()  # an empty answer logs one
         described = json.loads(text)["Layers"] if text else []
-        self._context.profiler = profiler = Profiler()
+        profiler = Profiler()  # a name, so that it lives as long as it is called
+        self._context.profiler = profiler
         for _ in range(PROFILED_RUNS):
             self._enqueue()
             self._stream.synchronize()
         known = {layer["Name"]: layer for layer in described if isinstance(layer, dict)}
-        names = dict.fromkeys([*known, *profiler.ms])
-        return [{"Name": n, **known.get(n, {}), "ms": profiler.ms.get(n, 0.0)} for n in names]
+        names = dict.fromkeys([*known, *times])
+        return [{"Name": n, **known.get(n, {}), "ms": times[n]} for n in names]
 
     def close(self) -> None:
         """Finish the work and free everything, the context before the engine."""
@@ -339,11 +321,8 @@ class Runner:
             self._stream.synchronize()
         with contextlib.suppress(self._cuda.Error):
             self._cleanup.close()
-        self._launch = self._context = None
+        self.execute = self._context = None
         self._engine = self._stream = None
-
-    def __enter__(self) -> "Runner":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -354,12 +333,11 @@ def find_profile(engine: Any, name: str, batch_size: int) -> int:
 
     TensorRT may end the process on an index that is out of range.
     """
-    shapes = [
-        engine.get_tensor_profile_shape(name, i) for i in range(engine.num_optimization_profiles)
-    ]
-    ranges = [(int(low[0]), int(high[0])) for low, _, high in shapes]
-    for index, (low, high) in enumerate(ranges):
-        if low <= batch_size <= high:
+    ranges = []
+    for index in range(engine.num_optimization_profiles):
+        low, _, high = engine.get_tensor_profile_shape(name, index)
+        ranges.append((int(low[0]), int(high[0])))
+        if low[0] <= batch_size <= high[0]:
             return index
     raise EngineError(f"batch size {batch_size} is outside the engine's profiles: {ranges}")
 
