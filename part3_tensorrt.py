@@ -185,27 +185,20 @@ class Candidate:
     export: str | None = None
 
 
-TORCH_BUILDS: dict[str, Build] = {
-    "": build_eager,
-    "-graph": build_graph,
-    "-compile": build_compiled,
-}
 CANDIDATES = {  # the first of each device is its baseline
     "torch-cpu": Candidate(build_eager, "cpu", "fp32"),
     "onnxruntime-cpu": Candidate(build_onnxruntime, "cpu", "fp32", "fp32"),
-    **{
-        f"torch-{precision}{suffix}": Candidate(build, "cuda", precision)
-        for precision in ("fp32", "tf32", "fp16", "bf16")
-        for suffix, build in TORCH_BUILDS.items()
-    },
-    "onnxruntime-cuda": Candidate(build_onnxruntime, "cuda", "fp32", "fp32"),
-    "tensorrt-tf32": Candidate(build_tensorrt, "cuda", "tf32", "fp32"),
-    **{
-        f"tensorrt-{export}": Candidate(build_tensorrt, "cuda", precision, export)
-        for export, precision in EXPORTS.items()
-    },
-    "onnxruntime-cpu-own": Candidate(build_onnxruntime, "cpu", "own", "own"),
 }
+for precision in ("fp32", "tf32", "fp16", "bf16"):
+    CANDIDATES[f"torch-{precision}"] = Candidate(build_eager, "cuda", precision)
+    CANDIDATES[f"torch-{precision}-graph"] = Candidate(build_graph, "cuda", precision)
+    CANDIDATES[f"torch-{precision}-compile"] = Candidate(build_compiled, "cuda", precision)
+CANDIDATES["onnxruntime-cuda"] = Candidate(build_onnxruntime, "cuda", "fp32", "fp32")
+CANDIDATES["tensorrt-tf32"] = Candidate(build_tensorrt, "cuda", "tf32", "fp32")
+for export, precision in EXPORTS.items():
+    CANDIDATES[f"tensorrt-{export}"] = Candidate(build_tensorrt, "cuda", precision, export)
+CANDIDATES["onnxruntime-cpu-own"] = Candidate(build_onnxruntime, "cpu", "own", "own")
+
 # PyTorch's CUDA graph of the same precision, or of the nearest that PyTorch has: a speedup over it
 # is not due to launches, nor to the precision but for 8 bits.
 GRAPH_BASELINES = {p: f"torch-{p}-graph" for p in ("fp32", "tf32", "fp16", "bf16")}
@@ -248,20 +241,22 @@ class Reference:
 
     images: np.ndarray
     logits: Tensor
+    preprocessing: data.Preprocessing
     classified: bool  # the largest logit names a class; random weights are too near to a draw
 
 
 def make_reference(run: Run) -> Reference:
     """PARITY_IMAGES labelled images, else training images, else noise, and PyTorch's logits."""
-    size, seed = run.model.preprocessing.input_size, run.source.seed
+    model, seed = run.model, run.source.seed
+    size = model.preprocessing.input_size
     noise = np.random.default_rng(seed).integers(256, size=(PARITY_IMAGES, 3, size, size))
     images = torch.from_numpy(noise.astype(np.uint8))
     for split in ("train", data.ACCURACY_SPLIT[run.dataset]):
         with contextlib.suppress(cli.UserError):
             images = run.load(split=split, num_images=PARITY_IMAGES, seed=seed, fewer=True).images
-    logits = evaluation.predict(run.model.module, images, run.model.preprocessing, 16)
-    classified = run.model.trained and run.model.num_classes > 0
-    return Reference(images.numpy(), logits, classified)
+    logits = evaluation.predict(model.module, images, model.preprocessing, 16)
+    classified = model.trained and model.num_classes > 0
+    return Reference(images.numpy(), logits, model.preprocessing, classified)
 
 
 def compare_logits(logits: Tensor, reference: Reference) -> dict[str, Any]:
@@ -391,11 +386,10 @@ def find_ranges(run: Run, half: Mapping[str, Any]) -> tuple[dict[str, onnx_tools
     """
     if half["status"] != "ok":
         raise UnavailableError("it starts from the fp16 file, which there is not")
-    path, preprocessing = verify_onnx(half), run.model.preprocessing
     images = benchmark.load_calibration(run, CALIBRATION_IMAGES)
+    arguments = (verify_onnx(half), images, run.model.preprocessing, run.threads[0])
     with Worker() as worker:
-        ranges = worker.run(calibrate, path, images, preprocessing, run.threads[0])
-    return ranges, len(images)
+        return worker.run(calibrate, *arguments), len(images)
 
 
 def calibrate(
@@ -420,41 +414,33 @@ def verify_onnx(row: Mapping[str, Any]) -> Path:
     return path
 
 
-def check_export(
-    precision: str,
-    path: Path,
-    threads: int,
-    preprocessing: data.Preprocessing,
-    reference: Reference,
-) -> dict[str, Any]:
+def check_export(precision: str, path: Path, threads: int, reference: Reference) -> dict[str, Any]:
     """In a worker: check an ONNX file, and compare it with PyTorch by ONNX Runtime."""
     row = onnx_tools.check_onnx(path) | {"sha256": onnx_tools.hash_onnx(path)}
     if precision == "bf16":
         return row | {"reason": "compared as an engine only: ONNX Runtime has no bf16 on a CPU"}
     call = onnx_tools.onnx_session(path, threads, optimize=False)
     images = torch.from_numpy(reference.images)
-    some, others = images.tensor_split([max(1, len(images) // 4)])
-    logits = [evaluation.predict(call, some, preprocessing, 1)]  # exported with a batch of 2
-    if len(others):
-        logits.append(evaluation.predict(call, others, preprocessing, 3))
+    parts = images.tensor_split([max(1, len(images) // 4)])
+    logits = [
+        evaluation.predict(call, part, reference.preprocessing, batch_size)
+        for part, batch_size in zip(parts, (1, 3), strict=True)  # exported with a batch of 2
+        if len(part)
+    ]
     return row | compare_logits(torch.cat(logits), reference)
 
 
 def make_export(
-    run: Run,
-    name: str,
-    job: EngineJob,
-    reference: Reference,
-    ranges: Callable[[], Outcome],
+    run: Run, name: str, job: EngineJob, reference: Reference, ranges: Callable[[], Outcome]
 ) -> dict[str, Any]:
     """Make one of EXPORTS in a process of its own; a row of EXPORT_COLUMNS.
 
     The file comes into the folder when it has passed; a failure leaves no older one there.
     """
-    precision, preprocessing = EXPORTS[name], run.model.preprocessing
+    precision, stem = EXPORTS[name], run_name(run.source)
     row: dict[str, Any] = {"model": run.source.name, "export": name, "precision": precision}
     row["status"] = "ok"
-    target = job.engine_dir / f"{run_name(run.source)}-{name}.onnx"
+    target = job.engine_dir / f"{stem}-{name}.onnx"
     for old in (target, target.with_name(f"{target.name}.data")):
         old.unlink(missing_ok=True)
     if precision in EIGHT_BIT and not ranges().ok:
@@ -465,16 +451,15 @@ def make_export(
         images, start = None, time.perf_counter()
         if precision in EIGHT_BIT:
             widths, images = ranges().value
-            half = target.with_name(f"{run_name(run.source)}-fp16.onnx")
             # TensorRT documents scales per channel of fp8 weights for Hopper alone.
             hopper = run.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-            per_channel, attention = precision == "int8" or hopper, name == "int8-attention"
-            arguments = (half, path, precision, attention, widths, per_channel)
+            half, attention = target.with_name(f"{stem}-fp16.onnx"), name == "int8-attention"
+            arguments = (half, path, precision, attention, widths, precision == "int8" or hopper)
             row |= worker.run(onnx_tools.quantize_onnx, *arguments)
         else:
             worker.run(export_float, precision, job, path)
         row["export_seconds"] = time.perf_counter() - start
-        row |= worker.run(check_export, precision, path, job.threads, preprocessing, reference)
+        row |= worker.run(check_export, precision, path, job.threads, reference)
         if precision != "bf16":
             require_parity(row, precision)
         for file in onnx_tools.onnx_files(path):
@@ -488,9 +473,8 @@ def check_own(run: Run, path: Path, reference: Reference) -> dict[str, Any]:
     """A row of EXPORT_COLUMNS on a user's file."""
     row: dict[str, Any] = {"model": run.source.name, "export": "own", "precision": "own"}
     row |= {"file": str(path), "status": "ok"}
-    arguments = ("own", path, run.threads[0], run.model.preprocessing, reference)
     with recorded(row), Worker() as worker:
-        row |= worker.run(check_export, *arguments)
+        row |= worker.run(check_export, "own", path, run.threads[0], reference)
         require_parity(row, "own")
     return row
 
@@ -571,19 +555,10 @@ def keep_engine(job: EngineJob, device: Any) -> dict[str, Any]:
         "identity": identity,
         "sha256": hashlib.sha256(plan).hexdigest(),
         "build_seconds": seconds,
-        "trtexec": [trtexec_line(path, onnx, batch) for batch in job.engine_batch_sizes],
     }
     results.replace_file(path, plan)
     results.write_json(path.with_suffix(".json"), card)
     return {"engine_file": str(path), "engine_build_seconds": seconds, "engine_cached": False}
-
-
-def trtexec_line(path: Path, onnx: Path, batch_size: int) -> str:
-    """A command that times the engine with NVIDIA's own tool."""
-    images = ir.load(onnx).graph.inputs[0]
-    shape = "x".join(map(str, [batch_size, *images.shape[1:]]))
-    flags = "--useCudaGraph --useSpinWait --noDataTransfers --warmUp=500 --duration=10"
-    return f"trtexec --loadEngine={path} --shapes={images.name}:{shape} {flags}"
 
 
 def build_plan(job: EngineJob, onnx: Path, timing_cache: Path) -> bytes:
@@ -654,9 +629,6 @@ def make_monitor(bar: Any) -> Any:
     import tensorrt as trt
 
     class Monitor(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             bar.total += num_steps
 
@@ -700,34 +672,28 @@ def summarise_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def add_engines(jobs: Sequence[EngineJob], layers: bool) -> list[EngineJob]:
-    """Have all engines built, each by a process that shares the GPU's memory with no other.
+def add_engine(job: EngineJob, layers: bool) -> EngineJob:
+    """Have an engine built by a process that shares the GPU's memory with no other.
 
     Returns:
-        The jobs; those of TensorRT with their plan, or with the reason why there is none.
+        The job, if it is one of TensorRT with its plan, or with the reason why there is none.
     """
-    made = []
-    for job in jobs:
-        if job.build != build_tensorrt or job.missing:
-            made.append(job)
-            continue
-        with Worker() as worker:
-            engine = attempt(worker.run, make_engine, job)
-            columns = dict(job.columns) | (engine.value or {})
-            if engine.ok and layers:
-                listed = attempt(worker.run, describe_layers, replace(job, detailed=True))
-                columns |= listed.value or {"reason": f"layers not listed: {listed.reason}"}
-        if engine.ok:
-            kept = ", kept" if columns["engine_cached"] else ""
-            found = f"{columns['engine_build_seconds']:.1f} s{kept}"
-            plan = Path(columns["engine_file"])
-            results.written.append(plan)
-            made.append(replace(job, columns=columns, plan=plan))
-        else:
-            found = f"{engine.status}: {engine.reason}"
-            made.append(replace(job, missing=engine))
-        print(f"  engine {job.candidate:24}{found}", flush=True)
-    return made
+    if job.build != build_tensorrt or job.missing:
+        return job
+    with Worker() as worker:
+        engine = attempt(worker.run, make_engine, job)
+        columns = dict(job.columns) | (engine.value or {})
+        if engine.ok and layers:
+            listed = attempt(worker.run, describe_layers, replace(job, detailed=True))
+            columns |= listed.value or {"reason": f"layers not listed: {listed.reason}"}
+    if not engine.ok:
+        print(f"  engine {job.candidate:24}{engine.status}: {engine.reason}", flush=True)
+        return replace(job, missing=engine)
+    kept = ", kept" if columns["engine_cached"] else ""
+    print(f"  engine {job.candidate:24}{columns['engine_build_seconds']:.1f} s{kept}", flush=True)
+    plan = Path(columns["engine_file"])
+    results.written.append(plan)
+    return replace(job, columns=columns, plan=plan)
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -765,7 +731,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(memory=False)
     add = parser.add_argument
     add("--onnx", type=Path, help="an ONNX file of the model that you made: measured, too")
-    add("--engine-dir", type=Path, help="for ONNX files and engines; in the run's folder if absent")
     add("--export-only", action="store_true", help="write and check the files, measure nothing")
     add("--layers", action="store_true", help="list the layers of each engine (a second build)")
     level = "of TensorRT's builder: higher searches longer for faster kernels"
@@ -821,29 +786,24 @@ def why_missing(
     return Outcome(row["status"], f"no {candidate.export} file: {row['reason']}")
 
 
-def make_jobs(
-    run: Run, names: Sequence[str], job: EngineJob, exports: Mapping[str, Mapping[str, Any]]
-) -> list[EngineJob]:
-    """The job of each candidate."""
+def make_job(
+    run: Run, name: str, job: EngineJob, exports: Mapping[str, Mapping[str, Any]]
+) -> EngineJob:
+    """The job of one candidate, with the reason if it cannot start."""
+    candidate = CANDIDATES[name]
     columns = {"gflop_per_image": run.cost.gflop, "image_size": run.model.preprocessing.input_size}
-    jobs = []
-    for name in names:
-        candidate = CANDIDATES[name]
-        on_gpu, precision = candidate.device == "cuda", candidate.precision
-        jobs.append(
-            replace(
-                job,
-                candidate=name,
-                build=candidate.build,
-                precision=precision,
-                export=exports.get(candidate.export or "", {}),
-                needs_module=candidate.export is None,
-                missing=why_missing(candidate, run.device, exports),
-                columns=columns | {"precision": precision},
-                graph_baseline=GRAPH_BASELINES.get(precision) if on_gpu else None,
-            )
-        )
-    return jobs
+    graph_baseline = GRAPH_BASELINES.get(candidate.precision)
+    return replace(
+        job,
+        candidate=name,
+        build=candidate.build,
+        precision=candidate.precision,
+        export=exports.get(candidate.export or "", {}),
+        needs_module=candidate.export is None,
+        missing=why_missing(candidate, run.device, exports),
+        columns=columns | {"precision": candidate.precision},
+        graph_baseline=graph_baseline if candidate.device == "cuda" else None,
+    )
 
 
 @cli.command
@@ -857,11 +817,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise cli.UserError(f"--onnx {args.onnx}: {checked.reason}")
     device = cli.pick_device(args.device).type
     names = choose_candidates(args.candidates, device, bool(args.onnx))
-    with contextlib.ExitStack() as stack:
-        opened = benchmark.open_run(args, part2_network, images=not args.export_only)
-        run = stack.enter_context(opened)
-        engine_dir = cli.make_output_dir(args.engine_dir or run.folder / "engines", "--engine-dir")
-        stack.enter_context(benchmark.hold_folder(engine_dir, "--engine-dir"))
+    with benchmark.open_run(args, part2_network, images=not args.export_only) as run:
         job = EngineJob(
             candidate="",
             build=build_eager,
@@ -869,7 +825,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=device,
             threads=run.threads[0],
             export={},
-            engine_dir=engine_dir,
+            engine_dir=cli.make_output_dir(run.folder / "engines"),
             timing_dir=args.output_dir,
             engine_batch_sizes=tuple(sorted(run.batch_sizes)),
             optimization_level=args.optimization_level,
@@ -881,7 +837,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.export_only:
             print(run.folder / "exports.csv")
             return int(failed)
-        jobs = add_engines(make_jobs(run, names, job, exports), args.layers)
+        jobs = [add_engine(make_job(run, name, job, exports), args.layers) for name in names]
         check, on_gpu = functools.partial(check_parity, reference), device == "cuda"
         rows = benchmark.measure(run, jobs, "tensorrt.csv", COLUMNS, check, transfers=on_gpu)
         return benchmark.finish(run, "tensorrt.csv", rows, SHOWN) or int(failed)

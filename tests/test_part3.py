@@ -61,7 +61,7 @@ def test_quick_writes_and_checks_every_file(quick: Path):
     assert exports.quantized_weights.dropna().to_dict() == {"int8-attention": 16, "fp8": 16}
     assert exports.quantized_activations.to_dict()["int8-attention"] == 32
     assert set(exports.calibration_images.dropna()) == {part3.CALIBRATION_IMAGES}
-    files = {path.name for path in (quick / "engines").iterdir()} - {".lock"}
+    files = {path.name for path in (quick / "engines").iterdir()}
     assert files == {f"vit_digits-{name}.onnx" for name in exports.index}
     metadata = ir.load(quick / "engines" / "vit_digits-fp8.onnx").metadata_props
     assert json.loads(metadata["classes"]) == [str(i) for i in range(10)]
@@ -104,13 +104,13 @@ def test_export_needs_no_test_images(
     for path in [*(image_folder / "test").rglob("*.png")]:
         path.unlink()
     flags = ["--dataset", "folder", "--data-dir", str(image_folder), "--export-only"]
-    flags += ["--candidates", "tensorrt-fp16", "--engine-dir", str(tmp_path / "elsewhere")]
+    flags += ["--candidates", "tensorrt-fp16"]
     arguments = ["--model", "vit_digits", "--device", "cpu", "--output-dir", str(tmp_path)]
     assert part3.main([*arguments, *flags]) == 0
     exports = pd.read_csv(tmp_path / "vit_digits" / "exports.csv").set_index("export")
     assert exports.status.to_dict() == {"fp16": "ok"}
     assert exports.parity_images["fp16"] == 9  # the training images
-    assert (tmp_path / "elsewhere" / "vit_digits-fp16.onnx").is_file()
+    assert (tmp_path / "vit_digits" / "engines" / "vit_digits-fp16.onnx").is_file()
     assert not (tmp_path / "vit_digits" / "tensorrt.csv").exists()
 
 
@@ -131,7 +131,7 @@ def digits_reference(module: nn.Module | None = None) -> part3.Reference:
     images = data.load_images("digits", "test").images[:8]
     model = load_model(DIGITS)
     logits = (module or model.module)(data.preprocess(images, model.preprocessing))
-    return part3.Reference(images.numpy(), logits, classified=True)
+    return part3.Reference(images.numpy(), logits, model.preprocessing, classified=True)
 
 
 class Overflowing(nn.Module):
@@ -229,9 +229,9 @@ def test_an_own_file_is_checked_at_batch_1_too(tmp_path: Path):
     pixels = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8)
     how = data.Preprocessing(8, (0, 0, 0), (1, 1, 1))
     wanted = data.preprocess(pixels, how).mean((2, 3))
-    reference = part3.Reference(pixels.numpy(), wanted, classified=True)
+    reference = part3.Reference(pixels.numpy(), wanted, how, classified=True)
     with pytest.raises(RuntimeError, match="same number of dimensions"):
-        part3.check_export("own", tmp_path / "own", 1, how, reference)
+        part3.check_export("own", tmp_path / "own", 1, reference)
 
 
 def test_ranges_that_are_not_found_are_looked_for_once(
@@ -340,7 +340,7 @@ def test_tensorrt_candidate_serves_both_kinds_of_calls(
 ):
     x = digit_inputs(4)
     expected = small_cnn()(x)
-    (job,) = part3.add_engines([make_job(tmp_path, export=half)], layers=False)
+    job = part3.add_engine(make_job(tmp_path, export=half), layers=False)
     assert job.columns["engine_cached"] is False
     assert job.plan is not None
     card = json.loads(job.plan.with_suffix(".json").read_text())
@@ -367,7 +367,7 @@ def test_engines_are_made_before_anything_is_measured(
     job = make_job(tmp_path, export=half)
     torch_job = replace(job, candidate="torch-fp32", build=part3.build_eager)
     jobs = [torch_job, job, replace(job, candidate="tensorrt-fp8", precision="fp8")]
-    made = part3.add_engines(jobs, layers=True)
+    made = [part3.add_engine(job, layers=True) for job in jobs]
     assert made[0] == torch_job
     assert made[1].plan == Path(made[1].columns["engine_file"])
     assert made[1].columns["layer_precisions"] == f"{made[1].columns['layers']} fp16"
@@ -377,8 +377,8 @@ def test_engines_are_made_before_anything_is_measured(
     assert made[2].missing.status == "unavailable"
     assert "capability 8.9" in made[2].missing.reason
     assert gpu.builds == 2  # the one that is timed is not the one that tells of its layers
-    again = part3.add_engines([job], layers=False)
-    assert again[0].columns["engine_cached"] is True
+    again = part3.add_engine(job, layers=False)
+    assert again.columns["engine_cached"] is True
     assert capsys.readouterr().out.count("kept") == 1
     assert (gpu.live, gpu.current, gpu.orphans) == ({}, [], [])
 
@@ -396,7 +396,7 @@ def test_what_the_machine_lacks_is_unavailable_and_a_refused_build_failed(
     gpu: standin.Gpu, half: dict[str, Any], tmp_path: Path, fault: str, status: str, text: str
 ):
     gpu.faults.add(fault)
-    (job,) = part3.add_engines([make_job(tmp_path, export=half)], layers=False)
+    job = part3.add_engine(make_job(tmp_path, export=half), layers=False)
     assert job.missing is not None
     assert job.missing.status == status
     assert text in job.missing.reason
@@ -406,7 +406,7 @@ def test_engine_that_is_not_replayed_says_how_it_runs(
     gpu: standin.Gpu, half: dict[str, Any], tmp_path: Path
 ):
     gpu.faults.add("capture")
-    (job,) = part3.add_engines([make_job(tmp_path, export=half)], layers=False)
+    job = part3.add_engine(make_job(tmp_path, export=half), layers=False)
     x = digit_inputs(4)
     variant = part3.build_tensorrt(nn.Identity(), x, job)
     assert variant.columns["cuda_graph"] is False
@@ -420,7 +420,7 @@ def test_engine_that_is_not_replayed_says_how_it_runs(
 def test_engine_that_computes_something_else_is_not_timed(
     gpu: standin.Gpu, half: dict[str, Any], tmp_path: Path
 ):
-    (job,) = part3.add_engines([make_job(tmp_path, export=half)], layers=False)
+    job = part3.add_engine(make_job(tmp_path, export=half), layers=False)
     variant = part3.build_tensorrt(nn.Identity(), digit_inputs(4), job)
     preprocessing = load_model(DIGITS).preprocessing
     reference = digits_reference(small_cnn())
@@ -492,7 +492,6 @@ def test_defaults_follow_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--threads", "1,1000000"], "this machine has"),
         (["--optimization-level", "6"], "invalid choice"),
         (["--no-such-flag"], "unrecognized"),
-        (["--engine-dir", __file__], f"cannot write to --engine-dir {__file__}"),
         (["--output-dir", __file__], "cannot write to --output-dir"),
         (["--onnx", "missing.onnx"], "--onnx missing.onnx: "),
         (["--candidates", "onnxruntime-cpu-own"], "it runs the file that --onnx names"),
@@ -509,13 +508,3 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert captured.err.count("\n") == 1
     assert hint in captured.err
     assert not list(tmp_path.rglob("*.csv"))
-
-
-def test_second_run_in_the_same_folder_waits(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    engines = tmp_path / "engines"
-    engines.mkdir()
-    flags = ["--candidates", "torch-cpu", "--export-only", "--engine-dir", str(engines)]
-    with benchmark.hold_folder(engines):
-        assert part3.main([*SMALL, *flags, "--output-dir", str(tmp_path)]) == 2
-    assert "another run works in" in (message := capsys.readouterr().err)
-    assert "--engine-dir" in message

@@ -383,9 +383,6 @@ def test_engine_is_built_once_and_its_card_tells_of_it(
     assert card["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert card["identity"]["tensorrt"] == sys.modules["tensorrt"].__version__
     assert card["identity"]["batch_sizes"] == [1, 4]
-    one, four = card["trtexec"]
-    assert one.startswith(f"trtexec --loadEngine={path} --shapes=images:1x3x32x32 ")
-    assert "images:4x3x32x32" in four
     profiles = standin.read_plan(path)["profiles"]
     assert [p["images"] for p in profiles] == [[[b, 3, 32, 32]] * 3 for b in (1, 4)]
 
