@@ -20,6 +20,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import re
@@ -81,6 +82,17 @@ COLUMNS += (*PARITY_COLUMNS, *evaluation.ACCURACY_COLUMNS, "accuracy_batch_size"
 COLUMNS += ("engine_memory_mb", *benchmark.MEMORY_COLUMNS, "build_seconds")
 COLUMNS += ("engine_file", "engine_build_seconds", "engine_cached", "cuda_graph", "layers")
 COLUMNS += ("layer_precisions", "attention_kernels", *benchmark.LOAD_COLUMNS)
+STREAM_COLUMNS: tuple[str, ...] = ("model", "candidate", "precision", "batch_size", "streams")
+STREAM_COLUMNS += ("status", "reason", "images_per_s", "latency_ms_median", "latency_ms_p99")
+STREAM_COLUMNS += ("rounds", "calls")
+SHOWN_STREAMS = {
+    "candidate": ("candidate", "s"),
+    "batch_size": ("batch", "d"),
+    "streams": ("streams", "d"),
+    "images_per_s": ("images/s", ",.0f"),
+    "latency_ms_median": ("ms", ".3f"),
+    "latency_ms_p99": ("p99 ms", ".3f"),
+}
 SHOWN = {
     "candidate": ("candidate", "s"),
     "batch_size": ("batch", "d"),
@@ -696,6 +708,114 @@ def add_engine(job: EngineJob, layers: bool) -> EngineJob:
     return replace(job, columns=columns, plan=plan)
 
 
+# --- throughput with several streams --------------------------------------------------------------
+
+
+def measure_streams(
+    job: EngineJob, images: np.ndarray, counts: Sequence[int], rounds: int, seconds: float
+) -> list[dict[str, Any]]:
+    """In a worker: how many images per second an engine serves with so many CUDA streams.
+
+    Each stream has an execution context, pinned buffers and a CUDA graph of its own, so that the
+    copies of one batch overlap with the work on others.
+
+    Args:
+        images: float32 `[B, 3, H, W]`, preprocessed: the batch that every stream serves.
+        counts: numbers of streams; they take turns in each round.
+        seconds: of one turn.
+
+    Returns:
+        The columns of each count: the median of images per second over the rounds, and the latency
+        of a batch by the host's clock, from the start of its upload until its logits are there.
+    """
+    assert job.plan
+    plan = tensorrt_runner.read_plan(job.plan)
+    found: dict[int, list[tuple[float, list[float]]]] = {count: [] for count in counts}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(tensorrt_runner.primary_context())
+        runners = []
+        for _ in range(max(counts)):
+            runners.append(stack.enter_context(Runner(plan, job.batch_size, job.cuda_graph)))
+            np.copyto(runners[-1].host_images, images)
+        for turn in range(rounds + 1):
+            for count in counts:
+                rate, latencies = serve_streams(runners[:count], seconds)
+                if turn:  # the first one warms up
+                    found[count].append((rate * len(images), latencies))
+    rows = []
+    for count, turns in found.items():
+        latencies_ms = 1000 * np.concatenate([latencies for _, latencies in turns])
+        median, p99 = np.percentile(latencies_ms, [50, 99]).tolist()
+        row = {"streams": count, "images_per_s": float(np.median([rate for rate, _ in turns]))}
+        row |= {"latency_ms_median": median, "latency_ms_p99": p99}
+        rows.append(row | {"rounds": rounds, "calls": len(latencies_ms)})
+    return rows
+
+
+def serve_streams(runners: Sequence[Runner], seconds: float) -> tuple[float, list[float]]:
+    """Keep every stream busy for so long; batches per second, and latencies in seconds.
+
+    The rate counts until the last batch is done: it is never too high.
+    """
+    starts: dict[Runner, float] = {}
+    latencies = []
+    begin = time.perf_counter()
+    for runner in itertools.cycle(runners):
+        if runner in starts:
+            runner.wait()
+            latencies.append(time.perf_counter() - starts.pop(runner))
+            if time.perf_counter() - begin > seconds:
+                break
+        starts[runner] = time.perf_counter()
+        runner.submit(runner.host_images)
+    for runner in starts:  # the oldest first
+        runner.wait()
+        latencies.append(time.perf_counter() - starts[runner])
+    return len(latencies) / (time.perf_counter() - begin), latencies
+
+
+def compare_streams(
+    run: Run,
+    jobs: Sequence[EngineJob],
+    timed: Sequence[Mapping[str, Any]],
+    counts: Sequence[int],
+) -> list[dict[str, Any]]:
+    """Rows of STREAM_COLUMNS for every engine, batch size and number of streams; streams.csv.
+
+    Args:
+        timed: rows of COLUMNS; an engine that is not ok there is not measured here.
+    """
+    rows: list[dict[str, Any]] = []
+    passed = {(row["candidate"], row["batch_size"]) for row in timed if row["status"] == "ok"}
+    for job in (job for job in jobs if job.plan):
+        for batch_size in run.batch_sizes:
+            if (job.candidate, batch_size) not in passed:
+                continue
+            row: dict[str, Any] = {"model": run.source.name, "candidate": job.candidate}
+            row |= {"precision": job.precision, "batch_size": batch_size, "status": "ok"}
+            images = data.preprocess(run.speed.images[:batch_size], run.model.preprocessing)
+            chosen = replace(job, batch_size=batch_size)
+            measured: list[dict[str, Any]] = [{}]
+            with recorded(row), Worker() as worker:
+                arguments = (chosen, images.numpy(), counts, run.rounds, run.block_seconds)
+                measured = worker.run(measure_streams, *arguments)
+            rows += [row | columns for columns in measured]
+            run.write_table("streams.csv", rows, STREAM_COLUMNS)
+    return rows
+
+
+def choose_streams(rows: Sequence[Mapping[str, Any]], most_ms: float) -> str:
+    """Which engine, batch size and streams serve most images within a latency, as a sentence."""
+    within = [row for row in rows if row["status"] == "ok" and row["latency_ms_p99"] <= most_ms]
+    if not within:
+        return f"no engine serves 99 % of its batches within {most_ms:g} ms"
+    best = max(within, key=lambda row: row["images_per_s"])
+    return (
+        f"most images within {most_ms:g} ms for 99 % of the batches: {best['images_per_s']:,.0f}/s "
+        f"by {best['candidate']}, batch size {best['batch_size']}, streams {best['streams']}"
+    )
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -737,6 +857,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--optimization-level", type=int, choices=range(6), default=3, help=level)
     replay = "replay TensorRT engines as CUDA graphs"
     add("--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help=replay)
+    several = "measure throughput, host to host, with so many CUDA streams, e.g. 1,2,4"
+    add("--streams", type=cli.int_list, help=several)
+    bound = "ms: name what serves most images with 99 %% of the batches faster; with --streams"
+    add("--max-latency", type=cli.positive_float, default=10.0, help=bound)
     args = cli.parse_quick(parser, argv, QUICK)
     args.model = args.model or newest_network()
     args.dataset = args.dataset or dataset_of(args.model)
@@ -840,6 +964,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         jobs = [add_engine(make_job(run, name, job, exports), args.layers) for name in names]
         check, on_gpu = functools.partial(check_parity, reference), device == "cuda"
         rows = benchmark.measure(run, jobs, "tensorrt.csv", COLUMNS, check, transfers=on_gpu)
+        if args.streams:
+            served = compare_streams(run, jobs, rows, args.streams)
+            failed |= any(row["status"] == "failed" for row in served)
+            results.print_table(served, SHOWN_STREAMS)
+            print(choose_streams(served, args.max_latency))
         return benchmark.finish(run, "tensorrt.csv", rows, SHOWN) or int(failed)
 
 

@@ -26,7 +26,7 @@ from tests import tensorrt_standin as standin
 from tests.test_onnx_tools import DIGITS, digit_inputs, export, small_cnn
 from tests.test_tensorrt_runner import make_job, row_of
 from tests.test_training import fake_cuda_graphs
-from utils import benchmark, data, evaluation, onnx_tools, timing
+from utils import benchmark, data, evaluation, onnx_tools, results, timing
 from utils.models import load_model
 from utils.workers import Outcome, attempt
 
@@ -439,6 +439,50 @@ def test_engine_that_computes_something_else_is_not_timed(
         part3.check_parity(other, row, predict)
     assert row["parity_images"] == 8
     part3._opened.close()
+
+
+def test_streams_serve_side_by_side_and_the_best_within_a_latency_is_named(
+    gpu: standin.Gpu, half: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    job = part3.add_engine(make_job(tmp_path, export=half), layers=False)
+    opened: list[Any] = []
+    serve = part3.serve_streams
+
+    def watch(runners: Any, seconds: float) -> Any:
+        opened.append(len(set(runners)))
+        rate, latencies = serve(runners, seconds)
+        assert rate > 0
+        assert len(latencies) >= len(runners)
+        return rate, latencies
+
+    monkeypatch.setattr(part3, "serve_streams", watch)
+    run: Any = types.SimpleNamespace(
+        source=DIGITS,
+        model=load_model(DIGITS),
+        speed=types.SimpleNamespace(images=data.load_images("digits", "test").images[:8]),
+        batch_sizes=[4],
+        rounds=2,
+        block_seconds=0.01,
+        write_table=lambda name, rows, columns: results.write_csv(tmp_path / name, rows, columns),
+    )
+    timed = [{"candidate": "tensorrt-fp32", "batch_size": 4, "status": "ok"}]
+    others = [replace(job, candidate="tensorrt-fp8", plan=None), replace(job, candidate="torch")]
+    rows = part3.compare_streams(run, [*others, job], timed, [1, 3])
+    assert [row["status"] for row in rows] == ["ok", "ok"], rows[0]["reason"]
+    assert opened == [1, 3] * 3  # a round to warm up, and two
+    table = pd.read_csv(tmp_path / "streams.csv")
+    assert tuple(table) == part3.STREAM_COLUMNS
+    assert list(table.streams) == [1, 3]
+    assert (table.latency_ms_p99 >= table.latency_ms_median).all()
+    assert (table.calls >= 2 * table.streams).all()
+    fastest = max(rows, key=lambda row: row["images_per_s"])
+    assert f"streams {fastest['streams']}" in part3.choose_streams(rows, 1e6)
+    assert part3.choose_streams(rows, 1e-6).startswith("no engine serves")
+    gpu.faults.add("context")
+    (failed,) = part3.compare_streams(run, [job], timed, [1, 3])
+    assert failed["status"] != "ok"
+    assert failed["reason"]
+    assert (gpu.live, gpu.orphans) == ({}, [])
 
 
 def test_layers_are_summed_up_by_precision():

@@ -138,6 +138,7 @@ COLUMNS = {
     **{f"{name}.csv": columns for name, columns in part2_tune.COLUMNS.items()},
     "exports.csv": part3_tensorrt.EXPORT_COLUMNS,
     "tensorrt.csv": part3_tensorrt.COLUMNS,
+    "streams.csv": part3_tensorrt.STREAM_COLUMNS,
 }
 
 

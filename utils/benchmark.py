@@ -293,13 +293,13 @@ def load_calibration(run: Run, count: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def hold_folder(folder: Path, flag: str = "--output-dir") -> Iterator[None]:
-    """Keep other runs out of a flag's folder; the lock goes with the process, however that ends."""
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the lock goes with the process, however that ends."""
     with (folder / ".lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            message = f"another run works in {folder}: wait for it, or take another {flag}"
+            message = f"another run works in {folder}: wait for it, or take another --output-dir"
             raise cli.UserError(message) from error
         yield
 

@@ -148,10 +148,11 @@ class Runner(contextlib.AbstractContextManager["Runner"]):
     """An engine at one batch size, with a stream, buffers and a CUDA graph of its own.
 
     Everything is allocated here, so that nothing is later. The methods only enqueue, but for
-    `infer` and `layers`; work of others that shares the buffers belongs on `stream_handle`.
+    `wait`, `infer` and `layers`; work of others that shares the buffers belongs on `stream_handle`.
 
     Attributes:
         execute: runs the engine on the images in its buffer: launches the CUDA graph, or enqueues.
+        host_images: float32 `input_shape` in pinned memory, for `submit`.
         no_graph: why the engine is not replayed as a CUDA graph; empty if it is.
         memory_bytes: of the GPU, taken by the engine with its weights, scratch and buffers.
         stream_handle: the CUstream on which everything happens.
@@ -171,9 +172,9 @@ class Runner(contextlib.AbstractContextManager["Runner"]):
         try:
             self._engine = load_engine(plan)
             images, logits = self._open_context(batch_size)
-            self._images, self._host_images = self._allocate(images, self.input_shape)
+            self._images, self.host_images = self._allocate(images, self.input_shape)
             self._logits, self._host_logits = self._allocate(logits, self.output_shape)
-            self.upload(self._host_images)
+            self.upload(self.host_images)
             self.execute()  # the first run sets up what a capture cannot hold
             self._stream.synchronize()
             self.no_graph = self._capture() if cuda_graph else "it was not asked for"
@@ -266,7 +267,7 @@ class Runner(contextlib.AbstractContextManager["Runner"]):
 
     def copy_from_device(self, pointer: int, size: int) -> None:
         """Copy `size` bytes from elsewhere on the device: contiguous float32 `input_shape`."""
-        wanted = self._host_images.nbytes
+        wanted = self.host_images.nbytes
         if size != wanted:
             raise ValueError(f"{size} bytes of images: expected {wanted}, {self.input_shape}")
         self._cuda.memcpy_dtod_async(self._images, pointer, size, self._stream)
@@ -278,11 +279,15 @@ class Runner(contextlib.AbstractContextManager["Runner"]):
         self._cuda.memcpy_dtoh_async(self._host_logits, self._logits, self._stream)
         return self._host_logits
 
+    def wait(self) -> None:
+        """Wait for all that was enqueued on the stream."""
+        self._stream.synchronize()
+
     def infer(self, images: np.ndarray) -> np.ndarray:
         """Logits of float32 images, host to host, when they are ready."""
-        np.copyto(self._host_images, images)
-        logits = self.submit(self._host_images)
-        self._stream.synchronize()
+        np.copyto(self.host_images, images)
+        logits = self.submit(self.host_images)
+        self.wait()
         return logits.copy()
 
     def layers(self) -> list[dict[str, Any]]:
