@@ -37,6 +37,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from utils import benchmark, data, evaluation, timing
 from utils.benchmark import Job, Variant, state_bytes
 from utils.onnx_tools import EXPORT, onnx_bytes, onnx_int8_shapes, onnx_session, save_program
+from utils.training import capture
 from utils.workers import Outcome, UnavailableError, Worker, attempt
 
 COLUMNS: tuple[str, ...] = ("model", "dataset", "candidate", "device", "threads", "batch_size")
@@ -294,14 +295,19 @@ def needs_7_bits() -> bool:
 
 
 def compiled(variant: Variant, example: Tensor) -> Variant:
-    """By torch.compile for one input shape, weights folded into it; CUDA graphs on a GPU."""
+    """By torch.compile for one input shape, weights folded into it; a CUDA graph on a GPU.
+
+    mode="reduce-overhead" runs Python around each replay: longer than a small model in 8 bits.
+    """
     import torch._inductor.config as inductor
 
-    on_gpu = example.is_cuda
     benchmark.require_compiler(example.device.type)
-    inductor.freezing = not on_gpu  # as an option of torch.compile it is ignored
-    call = torch.compile(variant.call, mode="reduce-overhead" if on_gpu else None)
-    call(example)
+    inductor.freezing = not example.is_cuda  # as an option of torch.compile it is ignored
+    call: Any = torch.compile(variant.call)
+    if example.is_cuda:
+        call = capture(call, example)
+    else:
+        call(example)
     return replace(variant, call=call)
 
 

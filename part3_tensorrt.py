@@ -24,6 +24,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -942,6 +943,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = cli.pick_device(args.device).type
     names = choose_candidates(args.candidates, device, bool(args.onnx))
     with benchmark.open_run(args, part2_network, images=not args.export_only) as run:
+        engines = cli.make_output_dir(run.folder / "engines")
+        for unfinished in engines.glob(".unfinished-*"):  # of a run that was killed
+            shutil.rmtree(unfinished)
         job = EngineJob(
             candidate="",
             build=build_eager,
@@ -949,7 +953,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=device,
             threads=run.threads[0],
             export={},
-            engine_dir=cli.make_output_dir(run.folder / "engines"),
+            engine_dir=engines,
             timing_dir=args.output_dir,
             engine_batch_sizes=tuple(sorted(run.batch_sizes)),
             optimization_level=args.optimization_level,

@@ -106,7 +106,10 @@ def test_export_needs_no_test_images(
     flags = ["--dataset", "folder", "--data-dir", str(image_folder), "--export-only"]
     flags += ["--candidates", "tensorrt-fp16"]
     arguments = ["--model", "vit_digits", "--device", "cpu", "--output-dir", str(tmp_path)]
+    killed = tmp_path / "vit_digits" / "engines" / ".unfinished-x"  # a run that was
+    killed.mkdir(parents=True)
     assert part3.main([*arguments, *flags]) == 0
+    assert not killed.exists()
     exports = pd.read_csv(tmp_path / "vit_digits" / "exports.csv").set_index("export")
     assert exports.status.to_dict() == {"fp16": "ok"}
     assert exports.parity_images["fp16"] == 9  # the training images
