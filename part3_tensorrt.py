@@ -48,15 +48,7 @@ from utils.training import capture, memory_format
 from utils.workers import Outcome, UnavailableError, Worker, attempt, recorded
 
 PART2_RESULTS = Path("results/part2")
-EXPORTS = {  # ONNX file: its precision
-    "fp32": "fp32",
-    "fp16": "fp16",
-    "bf16": "bf16",
-    "int8": "int8",
-    "int8-attention": "int8",  # attention's own products, too
-    "fp8": "fp8",
-    "own": "own",  # with --onnx
-}
+EXPORTS = ("fp32", "fp16", "bf16", "int8", "fp8", "own")  # precisions; the last with --onnx
 EIGHT_BIT = ("int8", "fp8")  # what is not quantised in such a file is fp16
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 # The least mean cosine of the (centred) logits with those of PyTorch in float32 on the CPU, and in
@@ -71,7 +63,7 @@ PLAN_FORMAT = 3  # raise it when the builder is configured in another way
 
 PARITY_COLUMNS: tuple[str, ...] = ("parity_cosine", "parity_max_difference")
 PARITY_COLUMNS += ("parity_agreement_percent", "parity_images")
-EXPORT_COLUMNS: tuple[str, ...] = ("model", "export", "precision", "file", "sha256", "status")
+EXPORT_COLUMNS: tuple[str, ...] = ("model", "export", "file", "sha256", "status")
 EXPORT_COLUMNS += ("reason", "onnx_opset", "nodes", "size_mb", "export_seconds")
 EXPORT_COLUMNS += (*PARITY_COLUMNS, "quantized_weights", "weights")
 EXPORT_COLUMNS += ("quantized_activations", "quantized_work_percent", "calibration_images")
@@ -208,8 +200,8 @@ for precision in ("fp32", "tf32", "fp16", "bf16"):
     CANDIDATES[f"torch-{precision}-compile"] = Candidate(build_compiled, "cuda", precision)
 CANDIDATES["onnxruntime-cuda"] = Candidate(build_onnxruntime, "cuda", "fp32", "fp32")
 CANDIDATES["tensorrt-tf32"] = Candidate(build_tensorrt, "cuda", "tf32", "fp32")
-for export, precision in EXPORTS.items():
-    CANDIDATES[f"tensorrt-{export}"] = Candidate(build_tensorrt, "cuda", precision, export)
+for precision in EXPORTS:
+    CANDIDATES[f"tensorrt-{precision}"] = Candidate(build_tensorrt, "cuda", precision, precision)
 CANDIDATES["onnxruntime-cpu-own"] = Candidate(build_onnxruntime, "cpu", "own", "own")
 
 # PyTorch's CUDA graph of the same precision, or of the nearest that PyTorch has: a speedup over it
@@ -411,8 +403,7 @@ def calibrate(
     """In a worker: the ranges, image by image, which bounds the memory."""
     graph = ir.load(path).graph
     # All of them, whatever is exported, and in one order: it decides which values are sampled.
-    products = onnx_tools.find_products(graph, "int8", attention=False)  # fp8's are among them
-    products += onnx_tools.find_products(graph, "int8", attention=True)
+    products = onnx_tools.find_products(graph, "int8")  # fp8's are among them
     tensors = [value.name for value in onnx_tools.find_activations(products)]
     bar = tqdm(images, desc="calibrating", unit="img", disable=None, leave=False)
     batches = (data.preprocess(torch.from_numpy(x[None]), preprocessing).numpy() for x in bar)
@@ -444,16 +435,15 @@ def check_export(precision: str, path: Path, threads: int, reference: Reference)
 
 
 def make_export(
-    run: Run, name: str, job: EngineJob, reference: Reference, ranges: Callable[[], Outcome]
+    run: Run, precision: str, job: EngineJob, reference: Reference, ranges: Callable[[], Outcome]
 ) -> dict[str, Any]:
     """Make one of EXPORTS in a process of its own; a row of EXPORT_COLUMNS.
 
     The file comes into the folder when it has passed; a failure leaves no older one there.
     """
-    precision, stem = EXPORTS[name], run_name(run.source)
-    row: dict[str, Any] = {"model": run.source.name, "export": name, "precision": precision}
-    row["status"] = "ok"
-    target = job.engine_dir / f"{stem}-{name}.onnx"
+    stem = run_name(run.source)
+    row: dict[str, Any] = {"model": run.source.name, "export": precision, "status": "ok"}
+    target = job.engine_dir / f"{stem}-{precision}.onnx"
     for old in (target, target.with_name(f"{target.name}.data")):
         old.unlink(missing_ok=True)
     if precision in EIGHT_BIT and not ranges().ok:
@@ -466,8 +456,8 @@ def make_export(
             widths, images = ranges().value
             # TensorRT documents scales per channel of fp8 weights for Hopper alone.
             hopper = run.device == "cuda" and torch.cuda.get_device_capability() == (9, 0)
-            half, attention = target.with_name(f"{stem}-fp16.onnx"), name == "int8-attention"
-            arguments = (half, path, precision, attention, widths, precision == "int8" or hopper)
+            half, per_channel = target.with_name(f"{stem}-fp16.onnx"), precision == "int8" or hopper
+            arguments = (half, path, precision, widths, per_channel)
             row |= worker.run(onnx_tools.quantize_onnx, *arguments)
         else:
             worker.run(export_float, precision, job, path)
@@ -484,8 +474,8 @@ def make_export(
 
 def check_own(run: Run, path: Path, reference: Reference) -> dict[str, Any]:
     """A row of EXPORT_COLUMNS on a user's file."""
-    row: dict[str, Any] = {"model": run.source.name, "export": "own", "precision": "own"}
-    row |= {"file": str(path), "status": "ok"}
+    row: dict[str, Any] = {"model": run.source.name, "export": "own", "status": "ok"}
+    row["file"] = str(path)
     with recorded(row), Worker() as worker:
         row |= worker.run(check_export, "own", path, run.threads[0], reference)
         require_parity(row, "own")
@@ -506,7 +496,7 @@ def export_all(
             row = make_export(run, name, job, reference, ranges)
         rows[name] = row
         cosine = f"{row['parity_cosine']:.5f}" if "parity_cosine" in row else ""
-        print(f"  {name:20}{cosine} {row.get('reason', '')}", flush=True)
+        print(f"  {name:8}{cosine} {row.get('reason', '')}", flush=True)
         # Not by `write_table`: what was measured earlier is only replaced by what is measured now.
         results.write_csv(run.folder / "exports.csv", list(rows.values()), EXPORT_COLUMNS)
     results.write_json(run.folder / "exports_environment.json", run.environment)

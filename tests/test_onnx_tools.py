@@ -275,14 +275,12 @@ def halves(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def quantize(
-    source: Path, target: Path, kind: str, attention: bool = False, per_channel: bool = True
-) -> dict[str, float]:
-    products = onnx_tools.find_products(ir.load(source).graph, kind, attention)
+def quantize(source: Path, target: Path, kind: str, per_channel: bool = True) -> dict[str, float]:
+    products = onnx_tools.find_products(ir.load(source).graph, kind)
     tensors = [value.name for value in onnx_tools.find_activations(products)]
     batches = [batch.numpy() for batch in digit_inputs(64, "train").split(8)]
     ranges = onnx_tools.calibrate(source, tensors, batches, 1)
-    return onnx_tools.quantize_onnx(source, target, kind, attention, ranges, per_channel)
+    return onnx_tools.quantize_onnx(source, target, kind, ranges, per_channel)
 
 
 def restored(node: ir.Node) -> list[bool]:
@@ -296,17 +294,23 @@ def quantized_products(path: Path) -> list[ir.Node]:
     return [node for node in products if all(restored(node))]
 
 
-def test_of_a_vit_the_linear_layers_are_quantised(halves: dict[str, Path], tmp_path: Path):
-    counts = quantize(halves["vit"], tmp_path / "q.onnx", "int8")
-    # Four blocks of four linear layers. Neither the stem's convolutions, nor the attention's eight
-    # products, nor the classifier.
-    assert [node.op_type for node in quantized_products(tmp_path / "q.onnx")] == ["MatMul"] * 16
+@pytest.mark.parametrize(("kind", "activations"), [("int8", 32), ("fp8", 16)])
+def test_of_a_vit_the_blocks_are_quantised(
+    kind: str, activations: int, halves: dict[str, Path], tmp_path: Path
+):
+    counts = quantize(halves["vit"], tmp_path / "q.onnx", kind)
+    # Four blocks of four linear layers, and in int8 attention's two products. Neither the stem's
+    # convolutions nor the classifier.
+    products = 24 if kind == "int8" else 16
+    kinds = [node.op_type for node in quantized_products(tmp_path / "q.onnx")]
+    assert kinds == ["MatMul"] * products
     assert (counts["quantized_weights"], counts["weights"]) == (16, 22)
+    assert counts["quantized_activations"] == activations
     assert 50 < counts["quantized_work_percent"] < 95
     graph = ir.load(tmp_path / "q.onnx").graph
     makers = [value.producer() for node in graph for value in node.inputs if value is not None]
     restoring = [maker for maker in makers if maker and maker.op_type == "DequantizeLinear"]
-    assert len(restoring) == 32  # nothing else reads a restored tensor
+    assert len(restoring) == 2 * products  # nothing else reads a restored tensor
 
 
 def test_of_a_cnn_the_convolutions_are_quantised_in_int8_only(
@@ -317,8 +321,6 @@ def test_of_a_cnn_the_convolutions_are_quantised_in_int8_only(
     assert sorted(kinds) == ["Conv", "Conv", "Gemm"]
     with pytest.raises(UnavailableError, match=r"next to nothing to quantise: 1 of 5 weights, 0 %"):
         quantize(halves["cnn"], tmp_path / "f.onnx", "fp8")
-    with pytest.raises(UnavailableError, match="the network has no attention"):
-        quantize(halves["cnn"], tmp_path / "f.onnx", "int8", attention=True)
     classifier = export(Standardised().eval(), tmp_path / "classifier.onnx", torch.float16)
     with pytest.raises(UnavailableError, match="next to nothing to quantise: 0 of 2 weights"):
         quantize(classifier, tmp_path / "f.onnx", "int8")
@@ -347,24 +349,19 @@ def test_scales_are_symmetric_and_of_each_output_channel(
 
 
 @pytest.mark.parametrize(
-    ("network", "kind", "attention", "products", "fidelity"),
-    [
-        ("vit", "int8", True, 24, 0.999),
-        ("vit", "fp8", False, 16, 0.995),
-        ("cnn", "int8", False, 3, 0.999),
-    ],
+    ("network", "kind", "products", "fidelity"),
+    [("vit", "int8", 24, 0.999), ("vit", "fp8", 16, 0.995), ("cnn", "int8", 3, 0.999)],
 )
 def test_quantised_file_is_valid_and_close(
     network: str,
     kind: str,
-    attention: bool,
     products: int,
     fidelity: float,
     halves: dict[str, Path],
     tmp_path: Path,
 ):
     path = tmp_path / "q.onnx"
-    quantize(halves[network], path, kind, attention, per_channel=kind == "int8")
+    quantize(halves[network], path, kind, per_channel=kind == "int8")
     check_onnx(path)
     assert len(quantized_products(path)) == products
     x = digit_inputs(45)
@@ -444,7 +441,7 @@ def test_classifiers_are_what_the_output_is_made_of(tail: list[tuple[str, str, s
     nodes += [make_node(*step) for step in tail]
     weights: dict[str, tuple[int, ...]] = {"constant": (32,)}
     weights |= dict.fromkeys(("matrix", "head", "head2"), (32, 32))
-    products = onnx_tools.find_products(make_graph(nodes, weights), "int8", attention=False)
+    products = onnx_tools.find_products(make_graph(nodes, weights), "int8")
     assert [node.name for node in products] == ["body"]
 
 
@@ -467,7 +464,7 @@ def test_wide_products_are_quantised(
     nodes += [make_node("Relu", "product", "out")]
     graph = make_graph(nodes, {"kernel": kernel, "matrix": matrix})
     for kind in ("int8", "fp8"):
-        products = onnx_tools.find_products(graph, kind, attention=False)
+        products = onnx_tools.find_products(graph, kind)
         wanted = [name for name in quantized if kind == "int8" or name != "conv"]
         assert [node.name for node in products] == wanted
 
@@ -498,7 +495,7 @@ def test_clipping_gives_up_an_outlier_for_precision():
 def test_nan_in_an_activation_stops_the_calibration(halves: dict[str, Path]):
     batch = digit_inputs(2).numpy()
     batch[1, 0, 0, 0] = np.nan
-    products = onnx_tools.find_products(ir.load(halves["cnn"]).graph, "int8", attention=False)
+    products = onnx_tools.find_products(ir.load(halves["cnn"]).graph, "int8")
     name = onnx_tools.find_activations(products)[0].name
     with pytest.raises(FloatingPointError, match="NaN"):
         onnx_tools.calibrate(halves["cnn"], [name], [batch], 1)

@@ -40,7 +40,7 @@ ON_GPU = [n for n, c in part3.CANDIDATES.items() if c.device == "cuda" and c.exp
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a `--quick` run that exports a file of each kind."""
     folder = tmp_path_factory.mktemp("quick")
-    wanted = "onnxruntime-cpu,tensorrt-bf16,tensorrt-int8-attention,tensorrt-fp8"
+    wanted = "onnxruntime-cpu,tensorrt-bf16,tensorrt-int8,tensorrt-fp8"
     flags = ["--rounds", "2", "--candidates", wanted, "--output-dir", str(folder)]
     assert part3.main(["--quick", *flags]) == 0
     return folder / "vit_digits"
@@ -49,17 +49,17 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_quick_writes_and_checks_every_file(quick: Path):
     exports = pd.read_csv(quick / "exports.csv").set_index("export")
     assert tuple(exports.reset_index()[list(part3.EXPORT_COLUMNS)]) == part3.EXPORT_COLUMNS
-    assert list(exports.index) == ["fp32", "fp16", "bf16", "int8-attention", "fp8"]
+    assert list(exports.index) == ["fp32", "fp16", "bf16", "int8", "fp8"]
     assert (exports.status == "ok").all()
     assert list(exports.onnx_opset) == [20, 20, 22, 20, 20]
     for name, row in exports.iterrows():
         assert onnx_tools.hash_onnx(Path(row.file)) == row.sha256
-        assert row.parity_cosine >= part3.GATES[row.precision] or name == "bf16"
+        assert row.parity_cosine >= part3.GATES[name] or name == "bf16"
         assert row.parity_images == part3.PARITY_IMAGES or name == "bf16"
     assert exports.reason["bf16"].startswith("compared as an engine only")
     assert exports.size_mb["fp16"] < 0.6 * exports.size_mb["fp32"]
-    assert exports.quantized_weights.dropna().to_dict() == {"int8-attention": 16, "fp8": 16}
-    assert exports.quantized_activations.to_dict()["int8-attention"] == 32
+    assert exports.quantized_weights.dropna().to_dict() == {"int8": 16, "fp8": 16}
+    assert exports.quantized_activations.to_dict()["int8"] == 32
     assert set(exports.calibration_images.dropna()) == {part3.CALIBRATION_IMAGES}
     files = {path.name for path in (quick / "engines").iterdir()}
     assert files == {f"vit_digits-{name}.onnx" for name in exports.index}
@@ -80,7 +80,7 @@ def test_quick_compares_on_the_cpu_and_says_why_the_rest_is_missing(quick: Path)
     assert ran.top1_percent.tolist() == pytest.approx([card["top1"]] * 4, abs=0.01)
     assert ran.speedup_over_graph.isna().all()  # there is no CUDA graph on a CPU
     missing = table[table.status == "unavailable"]
-    assert set(missing.candidate) == {f"tensorrt-{n}" for n in ("bf16", "int8-attention", "fp8")}
+    assert set(missing.candidate) == {f"tensorrt-{n}" for n in ("bf16", "int8", "fp8")}
     assert set(missing.reason) == {"no NVIDIA GPU is in use"}
     environment = json.loads((quick / "environment.json").read_text())
     assert environment["checkpoints"] == {"vit_digits.safetensors": card["sha256"]}

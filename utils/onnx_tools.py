@@ -213,13 +213,13 @@ def onnx_cuda_session(path: Path) -> Callable[[Tensor], Tensor]:
 # --- where the 8-bit pairs go ---------------------------------------------------------------------
 
 
-def find_products(graph: ir.Graph, kind: str, attention: bool) -> list[ir.Node]:
+def find_products(graph: ir.Graph, kind: str) -> list[ir.Node]:
     """The products to compute in 8 bits, in the file's order: both inputs of each get a pair.
 
     Those with a weight, but for those that make the logits and for narrow ones (a grouped
-    convolution is narrow); with `attention` also its products of two activations. Convolutions
-    stay as they are in fp8, which few of TensorRT's convolutions know, and where they do less than
-    the linear layers: TensorRT 10.6 fails on the quantised patch embedding of a ViT.
+    convolution is narrow); in int8 also attention's own, of two activations, which in fp8 TensorRT
+    10.6 does not fuse. Convolutions stay as they are in fp8, which few of TensorRT's know, and
+    where they do less than the linear layers: 10.6 fails on the quantised patch embedding of a ViT.
     """
     weighted = [node for node in graph if weight_axis(node) is not None]
     work = [count_work(node) * (-1 if node.op_type == "Conv" else 1) for node in weighted]
@@ -227,7 +227,7 @@ def find_products(graph: ir.Graph, kind: str, attention: bool) -> list[ir.Node]:
     wide = {node for node in weighted if min(node.inputs[1].shape[:2]) >= FEWEST_CHANNELS}
     convolutions = {node for node in weighted if linear_only and node.op_type == "Conv"}
     chosen = wide - convolutions - find_classifiers(graph)
-    return [node for node in graph if node in chosen or (attention and is_attention(node))]
+    return [node for node in graph if node in chosen or (kind == "int8" and is_attention(node))]
 
 
 def is_attention(node: ir.Node) -> bool:
@@ -353,7 +353,6 @@ def quantize_onnx(
     source: Path,
     target: Path,
     kind: str,
-    attention: bool,
     ranges: Mapping[str, Range],
     per_channel: bool = True,
 ) -> dict[str, float]:
@@ -361,7 +360,6 @@ def quantize_onnx(
 
     Args:
         kind: `int8` or `fp8` (e4m3).
-        attention: whether attention's own products are quantised too.
         ranges: of `find_activations`, by `calibrate`.
         per_channel: a scale for each output channel of a weight, else one for all.
 
@@ -369,9 +367,7 @@ def quantize_onnx(
         UnavailableError: the network has nothing, or next to nothing, to quantise.
     """
     model = ir.load(source)
-    products = find_products(model.graph, kind, attention)
-    if attention and not any(map(is_attention, products)):
-        raise UnavailableError("nothing to quantise: the network has no attention")
+    products = find_products(model.graph, kind)
     counts = count_quantized(model.graph, products)
     if counts["quantized_work_percent"] < LEAST_WORK:
         raise UnavailableError(
