@@ -163,13 +163,15 @@ def read_start(start: str, space: Space) -> list[dict[str, Any]]:
     """
     try:
         table = pd.read_csv(start)
+        if "hparams" not in table:
+            raise ValueError("it has no column hparams")
         if "held_out_top1_percent" in table:
             table = table.sort_values("held_out_top1_percent", ascending=False)
         rows = [json.loads(text) for text in table.hparams.unique()[:START_TRIALS]]
         params = [{name: row.get(name, getattr(HParams, name)) for name in space} for row in rows]
         for row in params:
             optuna.trial.create_trial(value=0.0, params=row, distributions=dict(space))  # checks
-    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+    except (LookupError, OSError, TypeError, ValueError) as error:
         raise cli.UserError(f"--start {start}: {cli.first_line(error)}") from error
     return params
 
@@ -706,6 +708,8 @@ def run_search(tuning: Tuning, trials: int, sampler: str, start: list[dict[str, 
         if params not in queued:
             search.enqueue_trial(params)
             queued.append(params)
+    if start and study.left(search, trials) <= 0:
+        print("note: --start is not used: the search has all its --trials")
     work_off(tuning, search, trials)
 
 
@@ -713,7 +717,12 @@ def run_finalists(tuning: Tuning, number: int, seeds: int) -> None:
     """Train the default and the best configurations with new seeds.
 
     The best of many trials owes something to luck: the value that chose it does not count again.
+
+    Raises:
+        UserError: no trial is complete.
     """
+    if not study.best_trials(tuning.search):
+        raise cli.UserError(f"no trial of {tuning.folder.name} is complete: --stage search first")
     study.queue(tuning.finalists, missing_finalists(tuning, number, seeds))
     work_off(tuning, tuning.finalists)
 
@@ -746,8 +755,10 @@ def run_final(tuning: Tuning, repeats: int) -> None:
     if "best" in chosen:
         ends = near_ends(HParams(**chosen["best"]), tuning.space)
         print(f"the winner's near an end of their range: {', '.join(ends) or 'none'}")
-    else:
+    elif study.finished(tuning.finalists):
         print("no finalist is better than the default: it is trained alone")
+    else:
+        print("there are no finalists: the default is trained alone")
     study.queue(tuning.final, missing_final(tuning, repeats))
     for name in ("default", "best"):  # of an earlier winner: Part 3 takes what it finds
         if not is_saved(tuning, name, chosen.get(name)):
@@ -998,6 +1009,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.device_name = f"{environment['cpu']}, {args.threads} threads"
     if args.device.type == "cuda":
         args.device_name = environment["gpu"]
+    cli.make_output_dir(args.output_dir)
     setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
     images = load_checked(setting)
     gpus = torch.cuda.device_count() if args.device.type == "cuda" else 0

@@ -362,14 +362,14 @@ def export_onnx(
     onnx_tools.save_program(program, path, metadata)
 
 
-def export_float(precision: str, job: EngineJob, path: Path) -> None:
+def export_float(precision: str, job: EngineJob, classes: Sequence[str] | None, path: Path) -> None:
     """In a worker: export the model in a float precision, with what its user must know."""
     benchmark.prepare_process(job)
     model = load_model(job.source)
     preprocessing, module = model.preprocessing, model.module
     metadata = {
         "model": model.name,
-        "classes": json.dumps(model.classes),
+        "classes": json.dumps(classes),
         "mean": json.dumps(preprocessing.mean),
         "std": json.dumps(preprocessing.std),
         "interpolation": preprocessing.interpolation,
@@ -460,7 +460,7 @@ def make_export(
             arguments = (half, path, precision, widths, per_channel)
             row |= worker.run(onnx_tools.quantize_onnx, *arguments)
         else:
-            worker.run(export_float, precision, job, path)
+            worker.run(export_float, precision, job, run.model.classes, path)
         row["export_seconds"] = time.perf_counter() - start
         row |= worker.run(check_export, precision, path, job.threads, reference)
         if precision != "bf16":
@@ -928,9 +928,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         list_candidates()
         return 0
+    if args.onnx and not args.onnx.is_file():
+        raise cli.UserError(f"--onnx {args.onnx} does not exist")
     if args.onnx and not (checked := attempt(onnx_tools.check_onnx, args.onnx)).ok:
         raise cli.UserError(f"--onnx {args.onnx}: {checked.reason}")
     device = cli.pick_device(args.device).type
+    if (args.streams or args.layers) and device != "cuda":
+        raise cli.UserError("--streams and --layers are of TensorRT engines: use an NVIDIA GPU")
     names = choose_candidates(args.candidates, device, bool(args.onnx))
     with benchmark.open_run(args, part2_network, images=not args.export_only) as run:
         engines = cli.make_output_dir(run.folder / "engines")

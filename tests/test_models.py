@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pickle
 import urllib.error
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from utils.models import (
     build_reference_vit,
     describe_preprocessing,
     load_model,
+    name_classes,
     run_name,
     scored_logits,
 )
@@ -480,6 +482,7 @@ def quantized(*shape: int) -> Tensor:
         ),
         ({"epoch": 3, "net": {}}, 'Unexpected key(s) in state_dict: "epoch", "net". '),
         ({"conv1.0.weight": quantized(16, 3, 3, 3)}, "quantized Tensor"),
+        ({"fc.bias": torch.full((7,), math.nan)}, "fc.bias holds NaN or infinity"),
     ],
 )
 def test_own_checkpoint_that_does_not_fit_names_the_keys(
@@ -515,7 +518,16 @@ def test_own_preprocessing_wins(own_state: dict[str, Tensor], tmp_path: Path) ->
     assert partly.preprocessing == Preprocessing(160, (0.1, 0.2, 0.3), (0.5,) * 3, "bicubic")
 
 
-@pytest.mark.parametrize("chosen", [{"mean": (0.5,)}, {"std": (0.5, 0.5)}, {"std": (0.5, 0, 0.5)}])
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {"mean": (0.5,)},
+        {"std": (0.5, 0.5)},
+        {"std": (0.5, 0, 0.5)},
+        {"mean": (123.0, 117.0, 104.0)},
+        {"std": (58.0, 57.0, 57.0)},
+    ],
+)
 def test_preprocessing_that_cannot_be(chosen: dict[str, Any]) -> None:
     assert "--mean and --std" in error_of("vit_digits", **chosen)
 
@@ -723,8 +735,12 @@ def test_scored_logits_of_the_models_own_classes() -> None:
     )
 
 
+def named_and_scored(model: LoadedModel, images: ImageSet) -> tuple[list[int] | None, str]:
+    return scored_logits(name_classes(model, images.classes), images)
+
+
 def test_scored_logits_of_sorted_names_where_the_counts_agree() -> None:
-    logits, sentence = scored_logits(model_of(None, count=3), image_set("a", "b", "c"))
+    logits, sentence = named_and_scored(model_of(None, count=3), image_set("a", "b", "c"))
     assert logits == [0, 1, 2]
     assert sentence == "classes: the sorted names of the 3 classes of images"
 
@@ -732,11 +748,11 @@ def test_scored_logits_of_sorted_names_where_the_counts_agree() -> None:
 def test_scored_logits_of_a_thousand_outputs() -> None:
     classes = models.imagenet_classes()
     images = image_set(classes[3], classes[500], classes[999])
-    logits, sentence = scored_logits(model_of(None, count=1000), images)
+    logits, sentence = named_and_scored(model_of(None, count=1000), images)
     assert logits == [3, 500, 999]
     assert "ImageNet-1k" in sentence
     names = [f"class {i:04}" for i in range(1000)]
-    logits, sentence = scored_logits(model_of(None, count=1000), image_set(*names))
+    logits, sentence = named_and_scored(model_of(None, count=1000), image_set(*names))
     assert logits == list(range(1000))
     assert "sorted names of the 1000" in sentence
 
@@ -752,7 +768,7 @@ def test_scored_logits_of_a_thousand_outputs() -> None:
     ],
 )
 def test_no_accuracy_has_its_reason(model: LoadedModel, reason: str) -> None:
-    logits, sentence = scored_logits(model, image_set("a", "z"))
+    logits, sentence = named_and_scored(model, image_set("a", "z"))
     assert logits is None
     assert sentence.startswith("no accuracy: ")
     assert reason in sentence

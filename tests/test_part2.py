@@ -658,9 +658,14 @@ def test_if_the_default_wins_it_is_trained_alone(tune, tmp_path: Path, capsys):
     assert not (tmp_path / "tiny/best.safetensors").exists()
 
 
-def test_without_a_study_the_final_stage_trains_the_default(tune, tmp_path: Path):
+def test_without_a_study_the_final_stage_trains_the_default(
+    tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     trainings = Trainings(by_luck)
+    assert tune(trainings, "--stage", "finalists") == 2
+    assert "no trial of tiny is complete" in capsys.readouterr().err
     assert tune(trainings, "--stage", "final") == 0
+    assert "there are no finalists" in capsys.readouterr().out
     default = part2.repair(part2.HParams(batch_size=64), 10, 200_000)
     assert trainings.asked == [(default, 0, True), (default, 1, True)]
     assert not (tmp_path / "tiny/trials.csv").exists()
@@ -838,7 +843,9 @@ def test_a_finalist_with_a_missing_seed_can_win(tune, tmp_path: Path):
     assert sorted(set(read(tmp_path, "final").configuration)) == ["best", "default"]
 
 
-def test_the_best_of_a_table_of_trials_or_the_first_of_another_come_first(tune, tmp_path: Path):
+def test_the_best_of_a_table_of_trials_or_the_first_of_another_come_first(
+    tune, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     trainings = Trainings(lambda hparams, *_: 50.0 + hparams.cutmix)
     assert tune(trainings, "--stage", "search", "--trials", "12") == 0
     trials = read(tmp_path, "trials").nlargest(8, "held_out_top1_percent")
@@ -853,7 +860,9 @@ def test_the_best_of_a_table_of_trials_or_the_first_of_another_come_first(tune, 
         flags = ["--stage", "search", "--trials", "8", "--start", str(start), "--study-name", name]
         assert tune(again, *flags) == 0
         assert [asdict(hparams) for hparams, _, _ in again.asked[1:]] == best
+        assert "--start" not in capsys.readouterr().out
         assert tune(again, *flags) == 0  # they are not queued twice
+        assert "note: --start is not used" in capsys.readouterr().out
         assert len(again.asked) == 8
 
 

@@ -18,6 +18,7 @@ import onnx
 import onnx_ir as ir
 import pandas as pd
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -54,7 +55,7 @@ def test_quick_writes_and_checks_every_file(quick: Path):
     assert list(exports.onnx_opset) == [20, 20, 22, 20, 20]
     for name, row in exports.iterrows():
         assert onnx_tools.hash_onnx(Path(row.file)) == row.sha256
-        assert row.parity_cosine >= part3.GATES[name] or name == "bf16"
+        assert row.parity_cosine >= part3.GATES[str(name)] or name == "bf16"
         assert row.parity_images == part3.PARITY_IMAGES or name == "bf16"
     assert exports.reason["bf16"].startswith("compared as an engine only")
     assert exports.size_mb["fp16"] < 0.6 * exports.size_mb["fp32"]
@@ -115,6 +116,12 @@ def test_export_needs_no_test_images(
     assert exports.parity_images["fp16"] == 9  # the training images
     assert (tmp_path / "vit_digits" / "engines" / "vit_digits-fp16.onnx").is_file()
     assert not (tmp_path / "vit_digits" / "tensorrt.csv").exists()
+    own = timm.create_model("test_resnet", num_classes=3).state_dict()
+    torch.save(own, tmp_path / "mine.pth")
+    chosen = ["--model", "timm/test_resnet", "--checkpoint", str(tmp_path / "mine.pth")]
+    assert part3.main([*arguments, *flags, *chosen]) == 0
+    file = tmp_path / "timm-test_resnet-mine" / "engines" / "timm-test_resnet-mine-fp16.onnx"
+    assert json.loads(ir.load(file).metadata_props["classes"]) == ["ant", "cat", "dog"]
 
 
 # --- files that cannot be made --------------------------------------------------------------------
@@ -540,7 +547,9 @@ def test_defaults_follow_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--optimization-level", "6"], "invalid choice"),
         (["--no-such-flag"], "unrecognized"),
         (["--output-dir", __file__], "cannot write to --output-dir"),
-        (["--onnx", "missing.onnx"], "--onnx missing.onnx: "),
+        (["--onnx", "missing.onnx"], "--onnx missing.onnx does not exist"),
+        (["--streams", "1,2"], "use an NVIDIA GPU"),
+        (["--layers"], "use an NVIDIA GPU"),
         (["--candidates", "onnxruntime-cpu-own"], "it runs the file that --onnx names"),
         (["--onnx", __file__], f"--onnx {__file__}: "),
     ],

@@ -215,6 +215,7 @@ def open_run(
         seed=args.seed,
         network=network,
     )
+    print(f"loading {args.model}", flush=True)  # a hub that is not there takes a minute to say so
     model = models.load_model(source)
     load = functools.partial(
         data.load_images,
@@ -226,13 +227,18 @@ def open_run(
     batch_sizes: list[int] = []
     labelled = speed = data.ImageSet(args.dataset, "no", torch.empty(0, 3, 1, 1), None, ())
     class_logits, classes = None, ""
-    if images:
+    if not images:
+        with contextlib.suppress(cli.UserError):
+            train = load(split="train", num_images=1, seed=args.seed, fewer=True)
+            model = models.name_classes(model, train.classes)
+    else:
         split = data.ACCURACY_SPLIT[args.dataset]
         labelled = load(split=split, num_images=args.num_images, seed=args.seed)
         speed = load(split=data.SPEED_SPLIT[args.dataset])
         batch_sizes = choose_batch_sizes(args.batch_sizes, speed)
         batches = min(INPUT_BATCHES, len(speed) // batch_sizes[0])
         speed = data.take_subset(speed, batches * batch_sizes[0], args.seed)
+        model = models.name_classes(model, labelled.classes)
         class_logits, classes = models.scored_logits(model, labelled)
     run = Run(
         source=source,

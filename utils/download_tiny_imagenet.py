@@ -160,9 +160,9 @@ def install(data_dir: Path, sources: Mapping[str, Callable[[Path], None]]) -> No
             except Exception as error:  # kagglehub, requests and zipfile raise some twenty kinds
                 reasons.append(f"{name}: {str(error) or type(error).__name__}")
                 print(f"no set from {reasons[-1]}", flush=True)
+    remedy = "; run again, or get tiny-imagenet-200.zip by hand and give --archive FILE"
     raise UserError(
-        f"no complete Tiny-ImageNet from {'; '.join(reasons)}; run again, or get "
-        "tiny-imagenet-200.zip by hand and give --archive FILE"
+        f"no complete Tiny-ImageNet from {'; '.join(reasons)}{remedy if len(sources) > 1 else ''}"
     )
 
 

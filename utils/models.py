@@ -126,6 +126,19 @@ def describe_preprocessing(model: LoadedModel) -> str:
     return f"{size} pixels, {own.interpolation}, mean {mean}, standard deviation {std}"
 
 
+def name_classes(model: LoadedModel, of_images: tuple[str, ...]) -> LoadedModel:
+    """Name the outputs of a model that does not: as the images' classes, or ImageNet-1k's."""
+    if model.classes is not None or model.num_classes == 0:
+        return model
+    if model.num_classes == len(of_images):
+        origin = f"the sorted names of the {len(of_images)} classes of images"
+        return replace(model, classes=of_images, classes_from=origin)
+    if model.num_classes == 1000:
+        origin = "ImageNet-1k's, as there are 1000 outputs"
+        return replace(model, classes=imagenet_classes(), classes_from=origin)
+    return model
+
+
 def scored_logits(model: LoadedModel, images: ImageSet) -> tuple[list[int] | None, str]:
     """Which logit stands for each of the data set's classes, and where that is known from.
 
@@ -137,11 +150,7 @@ def scored_logits(model: LoadedModel, images: ImageSet) -> tuple[list[int] | Non
         return None, "no accuracy: the weights are random (--untrained)"
     if classes is None and model.num_classes == 0:
         return None, "no accuracy: the network has no classifier"
-    if classes is None and model.num_classes == count:
-        classes, origin = images.classes, f"the sorted names of the {count} classes of images"
-    elif classes is None and model.num_classes == 1000:
-        classes, origin = imagenet_classes(), "ImageNet-1k's, as there are 1000 outputs"
-    elif classes is None:
+    if classes is None:
         counts = f"{model.num_classes} outputs for {count} classes of images"
         return None, f"no accuracy: {counts}; name the outputs with --classes FILE"
     position = {name: i for i, name in enumerate(classes)}
@@ -162,8 +171,9 @@ def imagenet_classes() -> tuple[str, ...]:
 def _loader_of(source: ModelSource) -> Callable[[ModelSource], LoadedModel]:
     """The function that loads this kind of model; UserError for options that do not go with it."""
     mean, std = source.mean or IMAGENET_MEAN, source.std or IMAGENET_STD
-    if not len(mean) == len(std) == 3 or min(std) <= 0:
-        raise UserError("--mean and --std: give red's, green's and blue's, each deviation above 0")
+    scaled = 0 <= min(mean) <= max(mean) <= 1 and 0 < min(std) <= max(std) <= 1
+    if not (len(mean) == len(std) == 3 and scaled):
+        raise UserError("--mean and --std: give red's, green's and blue's, of pixels from 0 to 1")
     name, is_timm = source.name, source.name.startswith("timm/")
     has_network = ":" in name if is_timm else name.endswith(".safetensors")
     if name.endswith(WEIGHT_SUFFIXES) and not has_network:
@@ -365,6 +375,9 @@ def _create_with_weights(source: ModelSource, path: Path) -> Any:
         lines = [textwrap.shorten(line, 400) for line in str(error).splitlines()[1:4]]
         remedy = "is it of another network, or of another --input-size?"
         raise UserError(f"--checkpoint {path}: {' '.join(lines)} {remedy}") from error
+    for name, weight in module.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"--checkpoint {path}: {name} holds NaN or infinity")
     return module
 
 
