@@ -719,10 +719,10 @@ def run_finalists(tuning: Tuning, number: int, seeds: int) -> None:
     The best of many trials owes something to luck: the value that chose it does not count again.
 
     Raises:
-        UserError: no trial is complete.
+        UserError: there was no search.
     """
-    if not study.best_trials(tuning.search):
-        raise cli.UserError(f"no trial of {tuning.folder.name} is complete: --stage search first")
+    if not study.finished(tuning.search):
+        raise cli.UserError(f"{tuning.folder.name} has no trials yet: --stage search first")
     study.queue(tuning.finalists, missing_finalists(tuning, number, seeds))
     work_off(tuning, tuning.finalists)
 

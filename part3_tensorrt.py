@@ -858,6 +858,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_flags(args: argparse.Namespace, device: str) -> None:
+    """UserError for a file that is not there or no model, and for what needs a GPU."""
+    if args.onnx and not args.onnx.is_file():
+        raise cli.UserError(f"--onnx {args.onnx} does not exist")
+    if args.onnx and not (checked := attempt(onnx_tools.check_onnx, args.onnx)).ok:
+        raise cli.UserError(f"--onnx {args.onnx}: {checked.reason}")
+    if (args.streams or args.layers) and device != "cuda":
+        raise cli.UserError("--streams and --layers are of TensorRT engines: use an NVIDIA GPU")
+
+
+def open_engine_dir(folder: Path) -> Path:
+    """Make the folder of files and engines, without what a run left there that was killed."""
+    for unfinished in cli.make_output_dir(folder).glob(".unfinished-*"):
+        shutil.rmtree(unfinished)
+    return folder
+
+
 def list_candidates() -> None:
     """Print each candidate with its device, its precision and one line on what it is."""
     for name, candidate in CANDIDATES.items():
@@ -928,18 +945,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.list:
         list_candidates()
         return 0
-    if args.onnx and not args.onnx.is_file():
-        raise cli.UserError(f"--onnx {args.onnx} does not exist")
-    if args.onnx and not (checked := attempt(onnx_tools.check_onnx, args.onnx)).ok:
-        raise cli.UserError(f"--onnx {args.onnx}: {checked.reason}")
     device = cli.pick_device(args.device).type
-    if (args.streams or args.layers) and device != "cuda":
-        raise cli.UserError("--streams and --layers are of TensorRT engines: use an NVIDIA GPU")
+    check_flags(args, device)
     names = choose_candidates(args.candidates, device, bool(args.onnx))
     with benchmark.open_run(args, part2_network, images=not args.export_only) as run:
-        engines = cli.make_output_dir(run.folder / "engines")
-        for unfinished in engines.glob(".unfinished-*"):  # of a run that was killed
-            shutil.rmtree(unfinished)
         job = EngineJob(
             candidate="",
             build=build_eager,
@@ -947,7 +956,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             device=device,
             threads=run.threads[0],
             export={},
-            engine_dir=engines,
+            engine_dir=open_engine_dir(run.folder / "engines"),
             timing_dir=args.output_dir,
             engine_batch_sizes=tuple(sorted(run.batch_sizes)),
             optimization_level=args.optimization_level,

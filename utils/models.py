@@ -127,7 +127,7 @@ def describe_preprocessing(model: LoadedModel) -> str:
 
 
 def name_classes(model: LoadedModel, of_images: tuple[str, ...]) -> LoadedModel:
-    """Name the outputs of a model that does not: as the images' classes, or ImageNet-1k's."""
+    """Name a model's outputs, if it does not itself: as the images' classes, or ImageNet-1k's."""
     if model.classes is not None or model.num_classes == 0:
         return model
     if model.num_classes == len(of_images):
