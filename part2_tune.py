@@ -1009,11 +1009,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.device_name = f"{environment['cpu']}, {args.threads} threads"
     if args.device.type == "cuda":
         args.device_name = environment["gpu"]
-    cli.make_output_dir(args.output_dir)
     setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
     images = load_checked(setting)
     gpus = torch.cuda.device_count() if args.device.type == "cuda" else 0
     devices = [torch.device("cuda", i) for i in range(gpus)] or [args.device]
+    cli.make_output_dir(args.output_dir)  # the journal's, unless --storage is elsewhere
     # On a CPU a sampler at work would take the time of a training.
     with study.opened(args.storage) as storage, study.WorkerPool(devices, ahead=bool(gpus)) as pool:
         tuning = open_tuning(args, setting, images, storage, pool)

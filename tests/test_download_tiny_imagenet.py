@@ -299,6 +299,7 @@ def test_kaggle_error_of_several_lines_becomes_one(data_dir, monkeypatch, capsys
     set_kaggle(monkeypatch, fail)
     line = assert_refused(capsys, data_dir, "--source", "kaggle")
     assert "kaggle: 403 Client Error. You don't have permission" in line
+    assert "--archive FILE" in line
 
 
 def test_without_kagglehub_the_original_host_serves(data_dir, monkeypatch, capsys):
@@ -406,6 +407,7 @@ def test_incomplete_archive_never_becomes_the_set(data_dir, capsys):
 
 def test_missing_archive(data_dir, capsys):
     line = assert_refused(capsys, data_dir, "--archive", str(data_dir.parent / "nowhere.zip"))
+    assert "--archive FILE" not in line  # it was given
     assert "No such file" in line
     assert "nowhere.zip" in line
 

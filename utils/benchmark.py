@@ -227,11 +227,7 @@ def open_run(
     batch_sizes: list[int] = []
     labelled = speed = data.ImageSet(args.dataset, "no", torch.empty(0, 3, 1, 1), None, ())
     class_logits, classes = None, ""
-    if not images:
-        with contextlib.suppress(cli.UserError):
-            train = load(split="train", num_images=1, seed=args.seed, fewer=True)
-            model = models.name_classes(model, train.classes)
-    else:
+    if images:
         split = data.ACCURACY_SPLIT[args.dataset]
         labelled = load(split=split, num_images=args.num_images, seed=args.seed)
         speed = load(split=data.SPEED_SPLIT[args.dataset])
@@ -240,6 +236,10 @@ def open_run(
         speed = data.take_subset(speed, batches * batch_sizes[0], args.seed)
         model = models.name_classes(model, labelled.classes)
         class_logits, classes = models.scored_logits(model, labelled)
+    elif model.classes is None:  # an exported file carries their names
+        with contextlib.suppress(cli.UserError):
+            train = load(split="train", num_images=1, seed=args.seed, fewer=True)
+            model = models.name_classes(model, train.classes)
     run = Run(
         source=source,
         model=model,

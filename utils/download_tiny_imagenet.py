@@ -131,7 +131,9 @@ def is_complete(data_dir: Path) -> bool:
     return True
 
 
-def install(data_dir: Path, sources: Mapping[str, Callable[[Path], None]]) -> None:
+def install(
+    data_dir: Path, sources: Mapping[str, Callable[[Path], None]], remedy: str = ""
+) -> None:
     """Make `data_dir` a whole set from the first source that has one.
 
     Raises:
@@ -160,10 +162,7 @@ def install(data_dir: Path, sources: Mapping[str, Callable[[Path], None]]) -> No
             except Exception as error:  # kagglehub, requests and zipfile raise some twenty kinds
                 reasons.append(f"{name}: {str(error) or type(error).__name__}")
                 print(f"no set from {reasons[-1]}", flush=True)
-    remedy = "; run again, or get tiny-imagenet-200.zip by hand and give --archive FILE"
-    raise UserError(
-        f"no complete Tiny-ImageNet from {'; '.join(reasons)}{remedy if len(sources) > 1 else ''}"
-    )
+    raise UserError(f"no complete Tiny-ImageNet from {'; '.join(reasons)}{remedy}")
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -196,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         sources = {"kaggle": fetch_from_kaggle, "stanford": fetch_from_stanford}
         chosen = sources if args.source == "auto" else {args.source: sources[args.source]}
-        install(data_dir, chosen)
+        remedy = "; run again, or get tiny-imagenet-200.zip by hand and give --archive FILE"
+        install(data_dir, chosen, remedy)
     print(f"{data_dir}: {describe_set()}")
     return 0
 
