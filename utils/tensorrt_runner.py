@@ -309,8 +309,8 @@ class Runner(contextlib.AbstractContextManager["Runner"]):
         text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
         take_errors()  # an empty answer logs one
         described = json.loads(text)["Layers"] if text else []
-        profiler = Profiler()  # a name, so that it lives as long as it is called
-        self._context.profiler = profiler
+        self._profiler = Profiler()  # the context calls it from now on and holds no reference
+        self._context.profiler = self._profiler
         for _ in range(PROFILED_RUNS):
             self._enqueue()
             self._stream.synchronize()
