@@ -101,23 +101,23 @@ Configurations = dict[str, dict[str, Any]]  # name -> hyperparameters
 def search_space(num_images: int) -> Space:
     """Where Optuna looks, for a training set of this size.
 
-    Half of it are networks of more than 5 M parameters: see `repair`.
+    Most of it are networks of more than 5 M parameters: see `repair`.
     """
     batch = smallest_batch(num_images)
     return {
-        "width": IntDistribution(32, 128, step=32),
+        "width": IntDistribution(32, 160, step=32),
         "depth1": IntDistribution(0, 4),
         "depth2": IntDistribution(0, 6),
         "depth3": IntDistribution(0, 4),
         "whiten": CategoricalDistribution([False, True]),
         "pool": CategoricalDistribution([False, True]),
         "learning_rate": FloatDistribution(0.4, 3.0, log=True),
-        "batch_size": IntDistribution(batch, 4 * batch, step=batch),
+        "batch_size": IntDistribution(batch, 6 * batch, step=batch),
         "cutmix": FloatDistribution(0.0, 0.9),
         "colour": FloatDistribution(0.0, 0.5),
         "shift": FloatDistribution(0.0, 1 / 8),
-        "label_smoothing": FloatDistribution(0.0, 0.3),
-        "rate_beside_muon": FloatDistribution(0.1, 0.8, log=True),
+        "label_smoothing": FloatDistribution(0.0, 0.4),
+        "rate_beside_muon": FloatDistribution(0.1, 1.6, log=True),
         "small_share": FloatDistribution(0.0, 0.7),
         "averaging": FloatDistribution(0.0, 0.12),
     }

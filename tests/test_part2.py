@@ -131,17 +131,17 @@ def test_search_space_is_that_of_the_configurations_and_holds_the_default():
     optuna.trial.create_trial(value=0.0, params=default, distributions=dict(space))
     bounds = {name: (d.low, d.high) for name, d in space.items() if hasattr(d, "low")}
     assert bounds == {
-        "width": (32, 128),
+        "width": (32, 160),
         "depth1": (0, 4),
         "depth2": (0, 6),
         "depth3": (0, 4),
         "learning_rate": (0.4, 3.0),
-        "batch_size": (256, 1024),
+        "batch_size": (256, 1536),
         "cutmix": (0.0, 0.9),
         "colour": (0.0, 0.5),
         "shift": (0.0, 0.125),
-        "label_smoothing": (0.0, 0.3),
-        "rate_beside_muon": (0.1, 0.8),
+        "label_smoothing": (0.0, 0.4),
+        "rate_beside_muon": (0.1, 1.6),
         "small_share": (0.0, 0.7),
         "averaging": (0.0, 0.12),
     }
