@@ -89,6 +89,7 @@ SHOWN_STREAMS = {
 SHOWN = {
     "candidate": ("candidate", "s"),
     "batch_size": ("batch", "d"),
+    "threads": ("threads", "d"),
     "latency_ms_median": ("ms", ".3f"),
     "speedup": ("speedup", "ratio"),
     "speedup_over_graph": ("over graph", ".2f"),
@@ -245,6 +246,7 @@ class Reference:
     """Images uint8 `[N, 3, H, W]` and PyTorch's float32 logits `[N, C]` of them."""
 
     images: np.ndarray
+    what: str  # these images are
     logits: Tensor
     preprocessing: data.Preprocessing
     classified: bool  # the largest logit names a class; random weights are too near to a draw
@@ -253,15 +255,18 @@ class Reference:
 def make_reference(run: Run) -> Reference:
     """PARITY_IMAGES labelled images, else training images, else noise, and PyTorch's logits."""
     model, seed = run.model, run.source.seed
-    size = model.preprocessing.input_size
-    noise = np.random.default_rng(seed).integers(256, size=(PARITY_IMAGES, 3, size, size))
-    images = torch.from_numpy(noise.astype(np.uint8))
-    for split in ("train", data.ACCURACY_SPLIT[run.dataset]):
+    for split in (data.ACCURACY_SPLIT[run.dataset], "train"):
         with contextlib.suppress(cli.UserError):
             images = run.load(split=split, num_images=PARITY_IMAGES, seed=seed, fewer=True).images
+            what = f"{len(images)} {split} images of {run.dataset}"
+            break
+    else:
+        shape = (PARITY_IMAGES, 3, *2 * [model.preprocessing.input_size])
+        noise = np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
+        images, what = torch.from_numpy(noise), f"noise, as there are no images of {run.dataset}"
     logits = evaluation.predict(model.module, images, model.preprocessing, 16)
     classified = model.trained and model.num_classes > 0
-    return Reference(images.numpy(), logits, model.preprocessing, classified)
+    return Reference(images.numpy(), what, logits, model.preprocessing, classified)
 
 
 def compare_logits(logits: Tensor, reference: Reference) -> dict[str, Any]:
@@ -381,7 +386,7 @@ def export_float(precision: str, job: EngineJob, classes: Sequence[str] | None, 
 
 
 def find_ranges(run: Run, half: Mapping[str, Any]) -> tuple[dict[str, onnx_tools.Range], int]:
-    """The ranges of all activations that are quantised, over so many training images.
+    """The ranges of all activations that are quantised, and of how many training images.
 
     Args:
         half: the row of the fp16 file.
@@ -420,7 +425,8 @@ def verify_onnx(row: Mapping[str, Any]) -> Path:
 
 def check_export(precision: str, path: Path, threads: int, reference: Reference) -> dict[str, Any]:
     """In a worker: check an ONNX file, and compare it with PyTorch by ONNX Runtime."""
-    row = onnx_tools.check_onnx(path) | {"sha256": onnx_tools.hash_onnx(path)}
+    size, outputs = reference.preprocessing.input_size, reference.logits.shape[1]
+    row = onnx_tools.check_onnx(path, size, outputs) | {"sha256": onnx_tools.hash_onnx(path)}
     if precision == "bf16":
         return row | {"reason": "compared as an engine only: ONNX Runtime has no bf16 on a CPU"}
     call = onnx_tools.onnx_session(path, threads, optimize=False)
@@ -483,14 +489,14 @@ def check_own(run: Run, path: Path, reference: Reference) -> dict[str, Any]:
 
 
 def export_all(
-    run: Run, names: Sequence[str], job: EngineJob, reference: Reference, own: Path
+    run: Run, names: Sequence[str], job: EngineJob, reference: Reference, own: Path | None
 ) -> dict[str, dict[str, Any]]:
     """Make these of EXPORTS, and check a file of one's own; a row of EXPORT_COLUMNS for each."""
-    print("ONNX files, cosine with PyTorch")
+    print(f"ONNX files in {job.engine_dir}; cosine with PyTorch on {reference.what}")
     rows: dict[str, dict[str, Any]] = {}
     ranges = functools.cache(lambda: attempt(find_ranges, run, rows["fp16"]))
     for name in names:
-        if name == "own":
+        if own and name == "own":
             row = check_own(run, own, reference)
         else:
             row = make_export(run, name, job, reference, ranges)
@@ -521,7 +527,7 @@ def identify(job: EngineJob, device: Any) -> dict[str, Any]:
     names = importlib.metadata.packages_distributions().get("tensorrt", [])
     cuda = re.search(r"cu\d+", " ".join(names))
     return {
-        "onnx": onnx_tools.hash_onnx(verify_onnx(job.export)),
+        "onnx": job.export["sha256"],
         "precision": job.precision,
         "batch_sizes": job.engine_batch_sizes,
         "optimization_level": job.optimization_level,
@@ -540,7 +546,7 @@ def keep_engine(job: EngineJob, device: Any) -> dict[str, Any]:
     Raises:
         EngineError, MemoryError: TensorRT cannot parse, build or load it.
     """
-    onnx, identity = Path(job.export["file"]), identify(job, device)
+    onnx, identity = verify_onnx(job.export), identify(job, device)
     key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = job.engine_dir / f"{onnx.stem}-{job.precision}-{key}.plan"
     with contextlib.suppress(EngineError):  # missing, damaged or foreign; MemoryError is no reason
@@ -578,6 +584,7 @@ def build_plan(job: EngineJob, onnx: Path, timing_cache: Path) -> bytes:
     if not config.set_timing_cache(cache, ignore_mismatch=False):  # of another GPU or TensorRT
         cache = config.create_timing_cache(b"")
         config.set_timing_cache(cache, ignore_mismatch=False)
+    tensorrt_runner.take_errors()  # of a cache that is damaged: it is not used
     with tqdm(desc=f"building {onnx.stem}", total=0, disable=None, leave=False) as bar:
         config.progress_monitor = make_monitor(bar)
         plan = builder.build_serialized_network(network, config)
@@ -617,9 +624,12 @@ def configure(builder: Any, network: Any, job: EngineJob) -> Any:
         config.set_flag(trt.BuilderFlag.TF32)
     else:
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and float32 would not be float32
-    images = network.get_input(0)
+    images, size = (
+        network.get_input(0),
+        job.columns["image_size"],
+    )  # a user's file may leave it open
     for batch_size in job.engine_batch_sizes:
-        shape = trt.Dims([batch_size, *tuple(images.shape)[1:]])
+        shape = trt.Dims([batch_size, 3, size, size])
         profile = builder.create_optimization_profile()
         profile.set_shape(images.name, shape, shape, shape)
         if config.add_optimization_profile(profile) < 0:
@@ -666,12 +676,15 @@ def summarise_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     words |= {"fp16": "half|fp16|float16", "fp32": "float|fp32"}
     precisions: Counter[str] = Counter()
     for layer in layers:
-        text = json.dumps(layer.get("Outputs", "")).lower()
+        formats = [output.get("Format/Datatype", "") for output in layer.get("Outputs", [])]
+        text = " ".join(formats).lower()
         precisions[next((name for name, w in words.items() if re.search(w, text)), "unknown")] += 1
     return {
         "layers": len(layers),
         "layer_precisions": ", ".join(f"{count} {name}" for name, count in precisions.items()),
-        "attention_kernels": sum("mha" in json.dumps(layer).lower() for layer in layers),
+        "attention_kernels": sum(
+            "mha" in f"{layer['Name']} {layer.get('TacticName', '')}".lower() for layer in layers
+        ),
     }
 
 
@@ -707,8 +720,8 @@ def measure_streams(
 ) -> list[dict[str, Any]]:
     """In a worker: how many images per second an engine serves with so many CUDA streams.
 
-    Each stream has an execution context, pinned buffers and a CUDA graph of its own, so that the
-    copies of one batch overlap with the work on others.
+    Each stream has an engine, pinned buffers and a CUDA graph of its own, so that the copies of one
+    batch overlap with the work on others. The weights are on the GPU once for each stream.
 
     Args:
         images: float32 `[B, 3, H, W]`, preprocessed: the batch that every stream serves.
@@ -737,7 +750,11 @@ def measure_streams(
     for count, turns in found.items():
         latencies_ms = 1000 * np.concatenate([latencies for _, latencies in turns])
         median, p99 = np.percentile(latencies_ms, [50, 99]).tolist()
-        row = {"streams": count, "images_per_s": float(np.median([rate for rate, _ in turns]))}
+        p99 = p99 if len(latencies_ms) >= timing.CALLS_FOR_P99 else None
+        row: dict[str, Any] = {
+            "streams": count,
+            "images_per_s": float(np.median([rate for rate, _ in turns])),
+        }
         row |= {"latency_ms_median": median, "latency_ms_p99": p99}
         rows.append(row | {"rounds": rounds, "calls": len(latencies_ms)})
     return rows
@@ -797,7 +814,10 @@ def compare_streams(
 
 def choose_streams(rows: Sequence[Mapping[str, Any]], most_ms: float) -> str:
     """Which engine, batch size and streams serve most images within a latency, as a sentence."""
-    within = [row for row in rows if row["status"] == "ok" and row["latency_ms_p99"] <= most_ms]
+    sure = [row for row in rows if row["status"] == "ok" and row["latency_ms_p99"] is not None]
+    if not sure:
+        return "too few batches for a 99th percentile: use more --rounds or --block-seconds"
+    within = [row for row in sure if row["latency_ms_p99"] <= most_ms]
     if not within:
         return f"no engine serves 99 % of its batches within {most_ms:g} ms"
     best = max(within, key=lambda row: row["images_per_s"])
@@ -859,13 +879,22 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check_flags(args: argparse.Namespace, device: str) -> None:
-    """UserError for a file that is not there or no model, and for what needs a GPU."""
+    """UserError for a file that is not there, and for what needs a GPU or a measurement."""
     if args.onnx and not args.onnx.is_file():
-        raise cli.UserError(f"--onnx {args.onnx} does not exist")
-    if args.onnx and not (checked := attempt(onnx_tools.check_onnx, args.onnx)).ok:
-        raise cli.UserError(f"--onnx {args.onnx}: {checked.reason}")
+        raise cli.UserError(f"--onnx {args.onnx} is no file")
     if (args.streams or args.layers) and device != "cuda":
         raise cli.UserError("--streams and --layers are of TensorRT engines: use an NVIDIA GPU")
+    if (args.streams or args.layers) and args.export_only:
+        raise cli.UserError("--streams and --layers need engines, --export-only builds none")
+
+
+def require_fit(own: Path, reference: Reference, engine_dir: Path) -> None:
+    """UserError if a user's ONNX file is not one of the model, or would be written over."""
+    if own.resolve().parent == engine_dir.resolve():
+        raise cli.UserError(f"--onnx {own} is where this run writes its files: copy it elsewhere")
+    size, outputs = reference.preprocessing.input_size, reference.logits.shape[1]
+    if not (checked := attempt(onnx_tools.check_onnx, own, size, outputs)).ok:
+        raise cli.UserError(f"--onnx {own} is not an ONNX file of this model: {checked.reason}")
 
 
 def open_engine_dir(folder: Path) -> Path:
@@ -891,6 +920,7 @@ def choose_candidates(wanted: Sequence[str] | None, device: str, own: bool) -> l
     everything = [name for name, c in CANDIDATES.items() if device in ("cpu", c.device)]
     chosen = {next(name for name, c in CANDIDATES.items() if c.device == device)}
     chosen |= set(wanted or everything)
+    chosen |= {name for name, c in CANDIDATES.items() if c.export == "own" and c.device == device}
     if device == "cuda":
         precisions = {CANDIDATES[name].precision for name in chosen} & GRAPH_BASELINES.keys()
         chosen |= {GRAPH_BASELINES[precision] for precision in precisions}
@@ -915,7 +945,8 @@ def why_missing(
     row = exports.get(candidate.export or "", {"status": "ok"})
     if row["status"] == "ok":
         return None
-    return Outcome(row["status"], f"no {candidate.export} file: {row['reason']}")
+    what = "--onnx" if candidate.export == "own" else f"no {candidate.export} file"
+    return Outcome(row["status"], f"{what}: {row['reason']}")
 
 
 def make_job(
@@ -962,8 +993,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             optimization_level=args.optimization_level,
             cuda_graph=args.cuda_graph,
         )
-        reference = make_reference(run)
-        exports = export_all(run, choose_exports(names, bool(args.onnx)), job, reference, args.onnx)
+        reference, wanted = make_reference(run), choose_exports(names, bool(args.onnx))
+        if args.export_only and not wanted:
+            raise cli.UserError("--export-only: none of the --candidates reads an ONNX file")
+        if args.onnx:
+            require_fit(args.onnx, reference, job.engine_dir)
+        exports = export_all(run, wanted, job, reference, args.onnx)
         failed = any(row["status"] == "failed" for row in exports.values())
         if args.export_only:
             print(run.folder / "exports.csv")
@@ -976,7 +1011,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed |= any(row["status"] == "failed" for row in served)
             results.print_table(served, SHOWN_STREAMS)
             print(choose_streams(served, args.max_latency))
-        return benchmark.finish(run, "tensorrt.csv", rows, SHOWN) or int(failed)
+        shown = {key: s for key, s in SHOWN.items() if key != "threads" or len(run.threads) > 1}
+        return benchmark.finish(run, "tensorrt.csv", rows, shown) or int(failed)
 
 
 if __name__ == "__main__":

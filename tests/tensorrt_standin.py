@@ -618,6 +618,8 @@ def make_cuda_driver() -> Any:
             return True
 
     def begin(stream: int, mode: Any) -> tuple[CUresult]:
+        if "begin" in GPU.faults:
+            return (CUresult.CUDA_ERROR_NOT_SUPPORTED,)
         GPU.captures[stream] = []
         return (success,)
 

@@ -151,23 +151,24 @@ def make_run(folder: Path) -> benchmark.Run:
 
 
 def test_the_first_table_takes_the_place_of_an_earlier_run(tmp_path: Path):
-    for name in ("old.csv", "old.png", "environment.json", "engines/kept.csv", "kept.onnx"):
+    ours = ("first.csv", "first.png", "streams.csv", "profile-a.json", "environment.json")
+    for name in (*ours, "notes.txt", "engines/kept.csv", "kept.onnx"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("old")
     run = make_run(tmp_path)
     results.write_csv(tmp_path / "exports.csv", [{"a": 0}], ["a"])
-    assert (tmp_path / "old.csv").exists()  # what was measured stays until something is measured
+    assert (tmp_path / "first.png").exists()  # it stays until something is measured
     run.write_table("first.csv", [{"a": 1}], ["a"])
     run.write_table("second.csv", [{"a": 2}], ["a"])
-    names = ["engines", "environment.json", "exports.csv", "first.csv", "kept.onnx", "second.csv"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    names = ["engines", "environment.json", "exports.csv", "first.csv", "kept.onnx", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "second.csv"]
     assert (tmp_path / "environment.json").read_text() == "{}\n"
     assert (tmp_path / "engines/kept.csv").read_text() == "old"
 
 
 def test_features_have_no_agreement(tmp_path: Path):
     run = make_run(tmp_path)
-    logits = {"fp32": torch.eye(2), "other": torch.tensor([[1.0, 0.0], [1.0, 0.5]])}
+    logits = {"fp32": torch.eye(2), "other": torch.tensor([[1.0, 0.0], [2.0, 1.0]])}
     rows = benchmark.score(run, logits)
     assert (rows["fp32"]["top1_percent"], rows["other"]["top1_percent"]) == (100, 50)
     assert rows["other"]["agreement_percent"] == 50
@@ -176,7 +177,7 @@ def test_features_have_no_agreement(tmp_path: Path):
     rows = benchmark.score(run, logits)
     assert rows["other"]["agreement_percent"] is None
     assert rows["other"]["top1_percent"] is None
-    assert rows["other"]["logit_cosine"] == pytest.approx(0, abs=1e-6)  # the mean of 1 and -1
+    assert rows["other"]["logit_cosine"] == pytest.approx(0, abs=1e-6)  # margins 1, -1 and 1, 1
 
 
 def test_calibration_images_are_none_that_are_scored(tmp_path: Path):

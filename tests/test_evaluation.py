@@ -99,6 +99,15 @@ def test_cosine_ignores_a_shift_common_to_all_classes():
     assert evaluation.centred_cosine(torch.zeros(2, 3), torch.eye(2, 3)) == 0.0
 
 
+def test_cosine_of_one_or_two_logits_is_that_of_all_images():
+    one, other = torch.tensor([[1.0], [2.0], [-3.0]]), torch.tensor([[9.0], [0.1], [-1.0]])
+    expected = torch.cosine_similarity(one.T, other.T).item()
+    assert evaluation.centred_cosine(other, one) == pytest.approx(expected)
+    two, its_other = torch.cat([one, -one], 1), torch.cat([other + 5, 5 - other], 1)
+    assert evaluation.centred_cosine(its_other, two) == pytest.approx(expected)
+    assert evaluation.centred_cosine(two + 1e-4, two) == pytest.approx(1.0)
+
+
 def test_row_scores_the_chosen_logits_and_the_full_head():
     """Classes 3 and 1 of a 4-way head; in the second image class 0 wins the full head."""
     logits = torch.tensor([[0.0, 1.0, 0.0, 2.0], [9.0, 5.0, 0.0, 1.0], [0.0, 4.0, 0.0, 3.0]])

@@ -87,7 +87,7 @@ def test_export_agrees_with_pytorch_at_odd_batch_sizes(exported: tuple[nn.Module
 
 def test_file_holds_each_weight_once_and_no_resizing(exported: tuple[nn.Module, Path]):
     module, path = exported
-    found = check_onnx(path)
+    found = check_onnx(path, 32, 10)
     assert found["onnx_opset"] == 20
     weights = sum(p.numel() for p in module.parameters()) * 4 / 1e6
     assert weights < found["size_mb"] < weights + 0.05
@@ -153,7 +153,7 @@ def test_low_precision_is_inside_and_float32_outside(dtype: torch.dtype, tmp_pat
     x = digit_inputs(3)
     expected = module(x)
     path = export(module, tmp_path / "low.onnx", dtype)
-    check_onnx(path)
+    check_onnx(path, 32, 10)
     graph = ir.load(path).graph
     inside = ir.DataType.FLOAT16 if dtype == torch.float16 else ir.DataType.BFLOAT16
     assert {v.dtype for v in (*graph.inputs, *graph.outputs)} == {ir.DataType.FLOAT}
@@ -212,18 +212,18 @@ def test_check_refuses_what_part_3_cannot_serve(exported: tuple[nn.Module, Path]
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(Exception, match=r"(?i)pars|protobuf|decod"):
-        check_onnx(broken)
+        check_onnx(broken, 32, 10)
     model = ir.load(path)
     model.graph.outputs.append(model.graph.inputs[0])
     ir.save(model, broken)
-    with pytest.raises(ValueError, match=r"expected float32 \[N, 3, H, W\] in, \[N, C\] out"):
-        check_onnx(broken)
+    with pytest.raises(ValueError, match=r"expected float32 \[N, 3, 32, 32\] in, \[N, 10\] out"):
+        check_onnx(broken, 32, 10)
     fixed = onnx.load(path)
     for value in (*fixed.graph.input, *fixed.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 2
     onnx.save(fixed, broken)
     with pytest.raises(ValueError, match="for any N"):
-        check_onnx(broken)
+        check_onnx(broken, 32, 10)
 
 
 def test_cuda_session_says_why_it_is_missing(
@@ -362,7 +362,7 @@ def test_quantised_file_is_valid_and_close(
 ):
     path = tmp_path / "q.onnx"
     quantize(halves[network], path, kind, per_channel=kind == "int8")
-    check_onnx(path)
+    check_onnx(path, 32, 10)
     assert len(quantized_products(path)) == products
     x = digit_inputs(45)
     plain, logits = (

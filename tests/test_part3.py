@@ -27,7 +27,7 @@ from tests import tensorrt_standin as standin
 from tests.test_onnx_tools import DIGITS, digit_inputs, export, small_cnn
 from tests.test_tensorrt_runner import make_job, row_of
 from tests.test_training import fake_cuda_graphs
-from utils import benchmark, data, evaluation, onnx_tools, results, timing
+from utils import benchmark, cli, data, evaluation, onnx_tools, results, timing
 from utils.models import load_model
 from utils.workers import Outcome, attempt
 
@@ -97,6 +97,25 @@ def test_own_file_is_checked_and_measured_beside_the_others(quick: Path, tmp_pat
     assert own.is_file()
 
 
+def test_own_file_that_does_not_fit_is_named(quick: Path, tmp_path: Path):
+    source, fixed = quick / "engines" / "vit_digits-fp32.onnx", tmp_path / "fixed.onnx"
+    fitting = digits_reference()
+    with pytest.raises(cli.UserError, match="where this run writes its files: copy it elsewhere"):
+        part3.require_fit(source, fitting, quick / "engines")
+    part3.require_fit(source, fitting, tmp_path)
+    larger = replace(fitting, preprocessing=replace(fitting.preprocessing, input_size=64))
+    for reference in (larger, replace(fitting, logits=torch.zeros(8, 7))):
+        size, outputs = reference.preprocessing.input_size, reference.logits.shape[1]
+        wanted = rf"expected float32 \[N, 3, {size}, {size}\] in, \[N, {outputs}\] out, for any N"
+        with pytest.raises(cli.UserError, match=wanted):
+            part3.require_fit(source, reference, tmp_path)
+    model = onnx.load(source)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, fixed)
+    with pytest.raises(cli.UserError, match="for any N"):
+        part3.require_fit(fixed, fitting, quick)
+
+
 def test_export_needs_no_test_images(
     tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -141,7 +160,7 @@ def digits_reference(module: nn.Module | None = None) -> part3.Reference:
     images = data.load_images("digits", "test").images[:8]
     model = load_model(DIGITS)
     logits = (module or model.module)(data.preprocess(images, model.preprocessing))
-    return part3.Reference(images.numpy(), logits, model.preprocessing, classified=True)
+    return part3.Reference(images.numpy(), "test", logits, model.preprocessing, classified=True)
 
 
 class Overflowing(nn.Module):
@@ -239,7 +258,7 @@ def test_an_own_file_is_checked_at_batch_1_too(tmp_path: Path):
     pixels = torch.randint(256, (32, 3, 8, 8), dtype=torch.uint8)
     how = data.Preprocessing(8, (0, 0, 0), (1, 1, 1))
     wanted = data.preprocess(pixels, how).mean((2, 3))
-    reference = part3.Reference(pixels.numpy(), wanted, how, classified=True)
+    reference = part3.Reference(pixels.numpy(), "noise", wanted, how, classified=True)
     with pytest.raises(RuntimeError, match="same number of dimensions"):
         part3.check_export("own", tmp_path / "own", 1, reference)
 
@@ -466,6 +485,7 @@ def test_streams_serve_side_by_side_and_the_best_within_a_latency_is_named(
         return rate, latencies
 
     monkeypatch.setattr(part3, "serve_streams", watch)
+    monkeypatch.setattr(part3.timing, "CALLS_FOR_P99", 2)
     run: Any = types.SimpleNamespace(
         source=DIGITS,
         model=load_model(DIGITS),
@@ -488,6 +508,8 @@ def test_streams_serve_side_by_side_and_the_best_within_a_latency_is_named(
     fastest = max(rows, key=lambda row: row["images_per_s"])
     assert f"streams {fastest['streams']}" in part3.choose_streams(rows, 1e6)
     assert part3.choose_streams(rows, 1e-6).startswith("no engine serves")
+    few = [row | {"latency_ms_p99": None} for row in rows]
+    assert part3.choose_streams(few, 1e6).startswith("too few batches")
     gpu.faults.add("context")
     (failed,) = part3.compare_streams(run, [job], timed, [1, 3])
     assert failed["status"] != "ok"
@@ -547,11 +569,12 @@ def test_defaults_follow_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["--optimization-level", "6"], "invalid choice"),
         (["--no-such-flag"], "unrecognized"),
         (["--output-dir", __file__], "cannot write to --output-dir"),
-        (["--onnx", "missing.onnx"], "--onnx missing.onnx does not exist"),
+        (["--onnx", "missing.onnx"], "--onnx missing.onnx is no file"),
+        ([], "none of the --candidates reads an ONNX file"),
         (["--streams", "1,2"], "use an NVIDIA GPU"),
         (["--layers"], "use an NVIDIA GPU"),
         (["--candidates", "onnxruntime-cpu-own"], "it runs the file that --onnx names"),
-        (["--onnx", __file__], f"--onnx {__file__}: "),
+        (["--onnx", __file__], f"--onnx {__file__} is not an ONNX file of this model: "),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

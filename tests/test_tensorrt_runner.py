@@ -55,6 +55,7 @@ def make_job(folder: Path, **changes: Any) -> part3.EngineJob:
         "optimization_level": 3,
         "cuda_graph": True,
         "batch_size": 4,
+        "columns": {"image_size": 32},
     }
     return part3.EngineJob(**settings | changes)
 
@@ -113,6 +114,9 @@ def test_runner_takes_images_from_the_device_and_shows_its_logits(
         for wrong in (images(3), images(4).astype(np.float16), images(4).transpose(0, 1, 3, 2)):
             with pytest.raises(ValueError, match="expected float32"):
                 runner.upload(wrong)
+        for wrong in (images(1), images(4)[0], images(4).astype(np.uint8)):
+            with pytest.raises(ValueError, match="expected float32"):
+                runner.infer(wrong)
         with pytest.raises(ValueError, match="36864 bytes of images: expected 49152"):
             runner.copy_from_device(x.ctypes.data, 36864)
 
@@ -137,6 +141,7 @@ def test_batch_outside_the_profiles_never_reaches_tensorrt(gpu: standin.Gpu, pla
     [
         ("capture", "operation not permitted when stream is capturing"),
         ("instantiate", "CUDA_ERROR_NOT_SUPPORTED"),
+        ("begin", "CUDA_ERROR_NOT_SUPPORTED"),
     ],
 )
 def test_capture_that_fails_falls_back_to_enqueues(

@@ -170,12 +170,9 @@ class Run:
     started: bool = False  # whether what an earlier run left in the folder is gone
 
     def write_table(self, name: str, rows: Iterable[Row], columns: Sequence[str]) -> Path:
-        """Write a CSV into the folder, the run's first in place of all files of an earlier run.
-
-        Files in sub-folders stay, and what this run has written by other means.
-        """
+        """Write a CSV; the run's first removes an earlier run's picture, streams and profiles."""
         if not self.started:
-            for pattern in ("*.csv", "*.json", "*.png", "*.txt"):
+            for pattern in (f"{Path(name).stem}.png", "streams.csv", "profile-*"):
                 for old in set(self.folder.glob(pattern)).difference(results.written):
                     old.unlink()
             results.write_json(self.folder / "environment.json", self.environment)
@@ -301,13 +298,16 @@ def load_calibration(run: Run, count: int) -> np.ndarray:
 @contextlib.contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder; the lock goes with the process, however that ends."""
-    with (folder / ".lock").open("w") as handle:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             message = f"another run works in {folder}: wait for it, or take another --output-dir"
             raise cli.UserError(message) from error
         yield
+    finally:
+        os.close(handle)
 
 
 def introduce(run: Run) -> None:

@@ -102,9 +102,14 @@ def top_k_correct(logits: Tensor, labels: Tensor, k: int) -> Tensor:
 def centred_cosine(logits: Tensor, baseline: Tensor) -> float:
     """Mean over images of the cosine similarity of the logits, each centred over its classes.
 
-    A shift common to all classes changes no prediction and no probability, so it is taken out.
+    A shift common to all classes changes no prediction and no probability, so it is taken out. One
+    or two logits have no angle but 0 and 180 degrees: those of all images make one vector.
     """
-    x, y = (t.double() - t.double().mean(dim=1, keepdim=True) for t in (logits, baseline))
+    x, y = logits.double(), baseline.double()
+    if x.shape[1] > 1:
+        x, y = (t - t.mean(dim=1, keepdim=True) for t in (x, y))
+    if x.shape[1] <= 2:
+        x, y = x.reshape(1, -1), y.reshape(1, -1)
     cosine = torch.nn.functional.cosine_similarity(x, y, dim=1)
     return cosine.masked_fill((x == y).all(1), 1.0).mean().item()  # constant logits have no angle
 

@@ -112,8 +112,10 @@ def load_model(source: ModelSource) -> LoadedModel:
 
 
 def run_name(source: ModelSource) -> str:
-    """The folder of a model's results: `<model>[-<checkpoint stem>]`, slashes as dashes."""
-    stem = "" if source.checkpoint is None else f"-{source.checkpoint.stem}"
+    """The folder of a model's results, `<model>[-<checkpoint stem>|-untrained]`, no slashes."""
+    stem = "-untrained" if source.untrained else ""
+    if source.checkpoint is not None:
+        stem = f"-{source.checkpoint.stem}"
     name = source.name.removesuffix(".safetensors") + stem
     return re.sub("[/:]+", "-", name).strip("-")
 

@@ -101,27 +101,33 @@ def hash_onnx(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_onnx(path: Path) -> dict[str, Any]:
+def check_onnx(path: Path, size: int, outputs: int) -> dict[str, Any]:
     """Run ONNX's checker and its strict shape inference; say what the file holds.
 
     Raises:
-        ValueError: not one float32 `[N, 3, H, W]` in and one float32 `[N, C]` out, for any N.
+        ValueError: not float32 `[N, 3, size, size]` in and `[N, outputs]` out, for any N; a symbol
+            stands for any number.
         Exception: what the checker found.
     """
     import onnx
 
     onnx.checker.check_model(str(path), full_check=True)  # by path: also above 2 GB
     model = ir.load(path)
-    values = [*model.graph.inputs, *model.graph.outputs]
+    inputs = [value for value in model.graph.inputs if not value.is_initializer()]
+    values = [*inputs, *model.graph.outputs]
     shapes = [tuple(value.shape or ()) for value in values]
-    if (
-        [len(shape) for shape in shapes] != [4, 2]
-        or shapes[0][1] != 3
-        or any(value.dtype != ir.DataType.FLOAT for value in values)
-        or any(isinstance(shape[0], int) for shape in shapes)
-    ):
+    wanted = [("N", 3, size, size), ("N", outputs)]
+    fits = [len(shape) for shape in shapes] == [4, 2] and all(
+        axis == w
+        for pair in zip(shapes, wanted, strict=True)
+        for axis, w in zip(*pair, strict=True)
+        if isinstance(axis, int)
+    )
+    if not fits or any(value.dtype != ir.DataType.FLOAT for value in values):
         found = " and ".join(f"{value.name} {value.dtype} {value.shape}" for value in values)
-        raise ValueError(f"{found}: expected float32 [N, 3, H, W] in, [N, C] out, for any N")
+        raise ValueError(
+            f"{found}: expected float32 [N, 3, {size}, {size}] in, [N, {outputs}] out, for any N"
+        )
     opset = model.opset_imports[""]
     return {"onnx_opset": opset, "nodes": len(model.graph), "size_mb": onnx_bytes(path) / 1e6}
 
@@ -402,7 +408,8 @@ def insert_pair(
 ) -> ir.Value:
     """Put QuantizeLinear and DequantizeLinear between a tensor and a node; the restored tensor."""
     if value.const_value is None:
-        limits = np.array(ranges[value.name][kind == "int8"])
+        largest, best = ranges[value.name]
+        limits = np.array(best if kind == "int8" else largest)
     else:
         weight = np.abs(value.const_value.numpy().astype(np.float32))
         others = tuple(i for i in range(weight.ndim) if i != weight_axis(node))

@@ -204,7 +204,8 @@ class Runner(contextlib.AbstractContextManager["Runner"]):
         profile = find_profile(engine, images, batch_size)
         chosen = self._context.set_optimization_profile_async(profile, self.stream_handle)
         self._stream.synchronize()
-        self.input_shape = (batch_size, *tuple(engine.get_tensor_shape(images))[1:])
+        usual = tuple(engine.get_tensor_profile_shape(images, profile)[1])
+        self.input_shape = (batch_size, *usual[1:])
         shape = trt.Dims(list(self.input_shape))
         if not chosen or not self._context.set_input_shape(images, shape):
             raise refusal(f"TensorRT refuses the input shape {self.input_shape}")
@@ -232,7 +233,9 @@ class Runner(contextlib.AbstractContextManager["Runner"]):
             return f"cuda-bindings is not usable: {error}"
         stream = driver.CUstream(self.stream_handle)
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
-        check_cuda(driver.cuStreamBeginCapture(stream, mode))
+        (status,) = driver.cuStreamBeginCapture(stream, mode)
+        if int(status) != 0:
+            return str(driver.CUresult(status).name)
         enqueued = self._context.execute_async_v3(self.stream_handle)
         status, graph = driver.cuStreamEndCapture(stream)  # also after a failure: it ends the mode
         if not enqueued or int(status) != 0:  # a refused enqueue leaves an empty graph that runs
@@ -260,10 +263,15 @@ class Runner(contextlib.AbstractContextManager["Runner"]):
 
     def upload(self, images: np.ndarray) -> None:
         """Copy images from the host; asynchronous only if they are in pinned memory."""
-        found = images.shape, images.dtype, images.flags.c_contiguous
-        if found != (self.input_shape, np.float32, True):
-            raise ValueError(f"{found}: expected float32 {self.input_shape}, contiguous in memory")
+        self._check(images)
+        if not images.flags.c_contiguous:
+            raise ValueError("images are strided: expected float32 that is contiguous in memory")
         self._cuda.memcpy_htod_async(self._images, images, self._stream)
+
+    def _check(self, images: np.ndarray) -> None:
+        if (images.shape, images.dtype) != (self.input_shape, np.float32):
+            found = f"{images.dtype} {images.shape}"
+            raise ValueError(f"images are {found}: expected float32 {self.input_shape}")
 
     def copy_from_device(self, pointer: int, size: int) -> None:
         """Copy `size` bytes from elsewhere on the device: contiguous float32 `input_shape`."""
@@ -284,7 +292,8 @@ class Runner(contextlib.AbstractContextManager["Runner"]):
         self._stream.synchronize()
 
     def infer(self, images: np.ndarray) -> np.ndarray:
-        """Logits of float32 images, host to host, when they are ready."""
+        """Logits of float32 images `input_shape`, normalised, host to host, when they are ready."""
+        self._check(images)  # a copy would broadcast and convert
         np.copyto(self.host_images, images)
         logits = self.submit(self.host_images)
         self.wait()
