@@ -394,32 +394,6 @@ def make_node(operator: str, inputs: str, output: str) -> Any:
     return onnx.helper.make_node(operator, inputs.split(), [output], name=output)
 
 
-@pytest.mark.parametrize(
-    ("inputs", "residual"),
-    [
-        ("plain scaled", True),  # LayerScale's Mul lies between the product and the sum
-        ("biased images", True),
-        ("scores bias", False),  # attention scores and a computed bias: neither leads to the other
-        ("conv shortcut", False),  # a projection shortcut
-        ("scaled constant", False),
-    ],
-)
-def test_a_residual_sum_adds_a_tensor_to_what_is_made_of_it(inputs: str, residual: bool):
-    nodes = [
-        make_node("Relu", "images", "plain"),
-        make_node("Conv", "images kernel", "shortcut"),
-        make_node("Conv", "plain kernel", "conv"),
-        make_node("MatMul", "plain matrix", "product"),
-        make_node("Add", "constant product", "biased"),
-        make_node("Mul", "biased constant", "scaled"),
-        make_node("Sigmoid", "images", "bias"),
-        make_node("MatMul", "plain plain", "scores"),
-        make_node("Add", inputs, "sum"),
-    ]
-    weights = {"kernel": (32, 32, 1, 1), "matrix": (32, 32), "constant": (32,)}
-    assert onnx_tools.is_residual(make_graph(nodes, weights).node("sum")) is residual
-
-
 TWO_HEADS = [("MatMul", "body head", "a"), ("MatMul", "x head2", "b")]
 
 
@@ -431,9 +405,8 @@ TWO_HEADS = [("MatMul", "body head", "a"), ("MatMul", "x head2", "b")]
         [*TWO_HEADS, ("Add", "a b", "c"), ("Mul", "c constant", "out")],
         # An auxiliary head whose largest logits are added.
         [*TWO_HEADS, ("ReduceMax", "b", "c"), ("Add", "a c", "out")],
-        # No head: neither a residual branch nor what is normalised is a classifier.
-        [("Add", "x body", "out")],
-        [("Sigmoid", "body", "out")],
+        # By cosine similarity.
+        [("Sigmoid", "body", "n"), ("MatMul", "n head", "a"), ("Sigmoid", "a", "out")],
     ],
 )
 def test_classifiers_are_what_the_output_is_made_of(tail: list[tuple[str, str, str]]):
@@ -461,8 +434,8 @@ def test_wide_products_are_quantised(
         make_node("Conv", "images kernel", "conv"),
         make_node("MatMul", "conv matrix", "product"),
     ]
-    nodes += [make_node("Relu", "product", "out")]
-    graph = make_graph(nodes, {"kernel": kernel, "matrix": matrix})
+    nodes += [make_node("MatMul", "product head", "out")]
+    graph = make_graph(nodes, {"kernel": kernel, "matrix": matrix, "head": (matrix[1], 32)})
     for kind in ("int8", "fp8"):
         products = onnx_tools.find_products(graph, kind)
         wanted = [name for name in quantized if kind == "int8" or name != "conv"]

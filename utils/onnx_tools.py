@@ -37,10 +37,6 @@ CLIPPING = np.linspace(0.3, 1.0, 36)  # of the largest magnitude seen: candidate
 SAMPLED = 2000  # random values of a tensor kept from each calibration image
 SMALLEST_SCALE = 2.0**-20  # float16 still holds it, to 6 %: a channel of zeros needs some scale
 PRODUCTS = ("Conv", "Gemm", "MatMul")
-# What a classifier's output may pass on its way out: averages of several heads, biases, shapes.
-AFTER_CLASSIFIER = {"Add", "Cast", "Concat", "Div", "Flatten", "Gather", "GlobalAveragePool"}
-AFTER_CLASSIFIER |= {"Identity", "Mean", "Mul", "ReduceMax", "ReduceMean", "Reshape", "Slice"}
-AFTER_CLASSIFIER |= {"Softmax", "Squeeze", "Sub", "TopK", "Transpose", "Unsqueeze"}
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -266,37 +262,15 @@ def count_work(node: ir.Node) -> int:
 
 
 def find_classifiers(graph: ir.Graph) -> set[ir.Node]:
-    """The products that reach the output by nothing but AFTER_CLASSIFIER."""
-
-    def follows(node: ir.Node) -> bool:
-        return node.op_type in AFTER_CLASSIFIER and not is_residual(node)
-
-    makers = {value.producer() for value in find_sources(graph.outputs, follows)}
-    return {node for node in makers if node is not None and node.op_type in PRODUCTS}
-
-
-def is_residual(node: ir.Node) -> bool:
-    """Whether it adds a tensor to one that is computed from it."""
-    if node.op_type != "Add":
-        return False
-    first, second = node.inputs
-    return first in find_sources([second]) or second in find_sources([first])
-
-
-def find_sources(
-    values: Iterable[ir.Value], through: Callable[[ir.Node], bool] = lambda node: True
-) -> set[ir.Value]:
-    """All that tensors are computed from through such nodes, themselves included, no constants."""
-    found, waiting = set(), list(values)
+    """The products that no other product follows: they make the logits."""
+    products = {node for node in graph if node.op_type in PRODUCTS}
+    followed: set[ir.Node] = set()
+    waiting = list(products)
     while waiting:
-        value = waiting.pop()
-        if value is None or value.const_value is not None or value in found:
-            continue
-        found.add(value)
-        node = value.producer()
-        if node is not None and through(node):
-            waiting += node.inputs
-    return found
+        new = set(waiting.pop().predecessors()) - followed
+        followed |= new
+        waiting += new
+    return products - followed
 
 
 # --- how wide their ranges are --------------------------------------------------------------------
