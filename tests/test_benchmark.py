@@ -151,7 +151,13 @@ def make_run(folder: Path) -> benchmark.Run:
 
 
 def test_the_first_table_takes_the_place_of_an_earlier_run(tmp_path: Path):
-    ours = ("first.csv", "first.png", "streams.csv", "profile-a.json", "environment.json")
+    ours = (
+        "first.csv",
+        "first.png",
+        "streams.csv",
+        "profile-a-batch1-threads1.json",
+        "environment.json",
+    )
     for name in (*ours, "notes.txt", "engines/kept.csv", "kept.onnx"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("old")

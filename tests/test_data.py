@@ -91,6 +91,8 @@ def test_image_folder_labels_and_pixels(image_folder: Path, dataset: str) -> Non
 def test_test_split_alone_is_enough(image_folder: Path) -> None:
     shutil.rmtree(image_folder / "train")
     assert load_images("folder", "test", image_folder).classes == ("ant", "cat", "dog")
+    (image_folder / "train").mkdir()
+    assert load_images("folder", "test", image_folder).classes == ("ant", "cat", "dog")
 
 
 def test_file_name_that_is_not_utf8(image_folder: Path) -> None:
@@ -389,6 +391,11 @@ def test_digits_splits_are_stratified_and_partition_the_set() -> None:
     assert sorted(both) == sorted(rows(grey, torch.from_numpy(whole.target)))
 
 
+def test_digits_have_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--dataset folder is for yours"):
+        load_images("digits", "test", tmp_path)
+
+
 def test_digits_are_rgb_bytes_over_the_full_range() -> None:
     digits = load_images("digits", "test")
     assert digits.classes == tuple("0123456789")
@@ -604,6 +611,18 @@ def test_altered_source_is_decoded_again_into_the_same_file(
     assert [name.split("-")[1] for name in after if after[name] != before[name]] == ["train"]
     pixels = [np.array(Image.open(p)) for p in sorted((image_folder / "train").glob("*/*.png"))]
     assert np.array_equal(loaded.images.permute(0, 2, 3, 1).numpy(), np.stack(pixels))
+
+
+def test_folders_that_change_names_are_decoded_again(tmp_path: Path) -> None:
+    for name, colour in (("a", 0), ("b", 255)):
+        path = tmp_path / "test" / name / "0.bmp"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (8, 8), (colour,) * 3).save(path)
+        os.utime(path, (0, 0))
+    assert load_images("folder", "test", tmp_path).images[:, 0, 0, 0].tolist() == [0, 255]
+    for old, new in (("a", "c"), ("b", "a"), ("c", "b")):
+        (tmp_path / "test" / old).rename(tmp_path / "test" / new)
+    assert load_images("folder", "test", tmp_path).images[:, 0, 0, 0].tolist() == [255, 0]
 
 
 def test_another_folder_keeps_its_cache_file(

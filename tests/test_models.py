@@ -385,7 +385,7 @@ def test_options_that_exclude_each_other(tmp_path: Path) -> None:
     assert "goes with --model timm/NAME" in error_of("vit_digits", checkpoint=tmp_path / "a.pth")
     text = error_of("timm/test_resnet", checkpoint=tmp_path / "a.pth", untrained=True)
     assert "not with --untrained" in text
-    assert "does not exist" in error_of("timm/test_resnet", checkpoint=tmp_path / "a.pth")
+    assert "is no file" in error_of("timm/test_resnet", checkpoint=tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,17 @@ def test_run_name_is_one_folder(source: ModelSource, name: str) -> None:
     assert run_name(source) == name
 
 
+def test_reference_model_may_be_named_by_its_file() -> None:
+    path = models.WEIGHTS_DIR / "vit_digits.safetensors"
+    assert load(str(path)).num_classes == 10
+
+
 # --- timm -----------------------------------------------------------------------------------------
+
+
+def test_input_size_that_cuts_a_patch_is_refused() -> None:
+    text = error_of("timm/vit_tiny_patch16_224", untrained=True, input_size=40)
+    assert text == "--input-size 40: vit_tiny_patch16_224 takes multiples of 16 pixels"
 
 
 @pytest.fixture(scope="module")
@@ -425,6 +435,7 @@ def save_as(state: dict[str, Tensor], path: Path, form: str) -> None:
         "bare": state,
         "reversed": reverse,
         "model": {"model": state, "epoch": 3},
+        "model_state_dict": {"model_state_dict": parallel, "loss": 0.1},
         "state_dict": {"state_dict": parallel, "args": None},
         "compiled": compiled,
         "average": {"model": others, "model_ema": parallel},
@@ -438,7 +449,10 @@ def save_as(state: dict[str, Tensor], path: Path, form: str) -> None:
 
 @pytest.mark.parametrize(
     "form",
-    ["bare", "reversed", "model", "state_dict", "compiled", "average", "half", "safetensors"],
+    [
+        *("bare", "reversed", "model", "model_state_dict", "state_dict", "compiled", "average"),
+        *("half", "safetensors"),
+    ],
 )
 def test_own_checkpoint_in_its_usual_forms(
     own_state: dict[str, Tensor], tmp_path: Path, form: str
@@ -484,6 +498,8 @@ def quantized(*shape: int) -> Tensor:
         ({"epoch": 3, "net": {}}, 'Unexpected key(s) in state_dict: "epoch", "net". '),
         ({"conv1.0.weight": quantized(16, 3, 3, 3)}, "quantized Tensor"),
         ({"fc.bias": torch.full((7,), math.nan)}, "fc.bias holds NaN or infinity"),
+        ({"bn1.running_var": torch.full((32,), math.inf)}, "bn1.running_var holds NaN or infinity"),
+        ({"fc.weight": torch.tensor(1.0)}, "mismatch for fc.weight"),
     ],
 )
 def test_own_checkpoint_that_does_not_fit_names_the_keys(
@@ -778,7 +794,7 @@ def test_no_accuracy_has_its_reason(model: LoadedModel, reason: str) -> None:
 def test_classes_from_a_file(own_state: dict[str, Tensor], tmp_path: Path) -> None:
     checkpoint, file = tmp_path / "mine.pth", tmp_path / "names.txt"
     torch.save(own_state, checkpoint)
-    file.write_text("g\nf\ne\nd\nc\nb\nbig dog\n\n")
+    file.write_text("g\nf\ne\nd\nc\nb\nbig dog\n\n", "utf-8-sig")
     loaded = load("timm/test_resnet", checkpoint=checkpoint, classes_file=file)
     assert loaded.classes == ("g", "f", "e", "d", "c", "b", "big dog")
     logits, sentence = scored_logits(loaded, image_set("b", "big dog", "c"))

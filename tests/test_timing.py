@@ -198,6 +198,8 @@ def test_warm_up_ends_when_two_blocks_agree_and_not_before():
 
     assert timing.warm_up(block) == 19.5
     assert asked == [90.0, 50.0, 30.0, 20.0, 19.5]
+    costs = iter([5.0, 180.0, 190.0])  # two blocks that another program stalled
+    assert timing.warm_up(block) == 5.0
 
 
 def test_calls_per_block():

@@ -172,7 +172,7 @@ class Run:
     def write_table(self, name: str, rows: Iterable[Row], columns: Sequence[str]) -> Path:
         """Write a CSV; the run's first removes an earlier run's picture, streams and profiles."""
         if not self.started:
-            for pattern in (f"{Path(name).stem}.png", "streams.csv", "profile-*"):
+            for pattern in (f"{Path(name).stem}.png", "streams.csv", "profile-*-batch*-threads*"):
                 for old in set(self.folder.glob(pattern)).difference(results.written):
                     old.unlink()
             results.write_json(self.folder / "environment.json", self.environment)
@@ -227,7 +227,9 @@ def open_run(
     if images:
         split = data.ACCURACY_SPLIT[args.dataset]
         labelled = load(split=split, num_images=args.num_images, seed=args.seed)
-        speed = load(split=data.SPEED_SPLIT[args.dataset])
+        most = INPUT_BATCHES * max(args.batch_sizes)
+        split = data.SPEED_SPLIT[args.dataset]
+        speed = load(split=split, num_images=most, seed=args.seed, fewer=True)
         batch_sizes = choose_batch_sizes(args.batch_sizes, speed)
         batches = min(INPUT_BATCHES, len(speed) // batch_sizes[0])
         speed = data.take_subset(speed, batches * batch_sizes[0], args.seed)
@@ -740,8 +742,12 @@ def build_all(
             if check is not None:
                 check(row, functools.partial(worker.run, predict_logits))
             worker.run(load_inputs, images.numpy())
-            latency = timing.warm_up(functools.partial(worker.run, time_calls))
-            slowdown = latency / latency_ms.get(baseline, latency)
+            warm_up = functools.partial(timing.warm_up, functools.partial(worker.run, time_calls))
+            latency = warm_up()
+            slowest = MAX_SLOWDOWN * latency_ms.get(baseline, latency)
+            if scored and latency > slowest:  # or others stalled it
+                latency = min(latency, warm_up())
+            slowdown = MAX_SLOWDOWN * latency / slowest
             if scored and slowdown > MAX_SLOWDOWN:
                 add_reason(row, f"not scored: {slowdown:.0f} times slower than {baseline}")
             elif scored:

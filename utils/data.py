@@ -91,7 +91,7 @@ def load_images(
     Args:
         dataset: one of DATASETS.
         split: `train`, `test`, or for Tiny-ImageNet also `val`.
-        data_dir: folder of the set itself, `data/<dataset>` by default; unused by `digits`.
+        data_dir: folder of the set itself, `data/<dataset>` by default; `digits` has none.
         image_size: side in pixels to which `folder` images are resized and cropped; None takes
             them as they are, all of one size.
         num_images: class-balanced subset drawn with `seed`; None takes all.
@@ -105,13 +105,17 @@ def load_images(
     cli.check_name(interpolation, INTERPOLATIONS, "interpolation")
     folder = data_dir or ROOT / "data" / dataset
     if dataset == "digits":
+        if data_dir is not None:
+            raise UserError(
+                f"--data-dir {data_dir}: digits has none; --dataset folder is for yours"
+            )
         images = _load_digits(split)
     elif dataset == "cifar100" and not (folder / "train").is_dir():
         images = _load_cifar100_archive(folder, split)
     else:
         side = image_size if dataset == "folder" else None
         images = _load_files(dataset, folder, split, side, interpolation, num_images, seed)
-    if num_images is None or (fewer and num_images > len(images)):
+    if num_images in (None, len(images)) or (fewer and num_images > len(images)):
         return images
     return take_subset(images, num_images, seed)
 
@@ -259,7 +263,7 @@ def _load_files(
         listing = list_tiny_imagenet if dataset == "tiny-imagenet" else _list_image_folder
         paths, labels, classes = listing(root)
         key = _fingerprint(paths)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {folder}: {error}") from error
     if side:
         _say_once(f"{folder}: {FOLDER_CROP}, {side}x{side} pixels, {interpolation}")
@@ -302,7 +306,8 @@ def list_tiny_imagenet(root: Path) -> Listing:
     if not wnids.is_file():
         raise UserError(
             f"{root.parent} does not hold Tiny-ImageNet (no wnids.txt): run "
-            "python utils/download_tiny_imagenet.py, or name its folder with --data-dir"
+            "python utils/download_tiny_imagenet.py, or name its folder with --data-dir; images of "
+            "your own need --dataset folder"
         )
     classes = sorted(wnids.read_text().split())  # a label is the position among the sorted ids
     paths = sorted(root.glob("*/images/*.JPEG" if root.name == "train" else "images/*.JPEG"))
@@ -333,7 +338,7 @@ def _list_image_folder(root: Path) -> Listing:
     from torchvision.datasets import ImageFolder  # seconds that the embedded set need not take
 
     train = root.with_name("train")
-    classes = _class_names(train if train.is_dir() else root)
+    classes = (train.is_dir() and _class_names(train)) or _class_names(root)
     if not classes:
         raise UserError(f"{root} holds no class folders")
     if unknown := sorted(set(_class_names(root)) - set(classes)):
@@ -400,9 +405,9 @@ def _say_once(text: str) -> None:
 
 
 def _fingerprint(paths: Sequence[Path]) -> str:
-    """Another one when decoding, or a file's name, place, size or time has changed."""
+    """Another one when decoding, or a file's name, inode, size or time has changed."""
     stats = ((path.name, path.stat()) for path in paths)
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    files = [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
     return hashlib.sha256(repr((CACHE_VERSION, files)).encode()).hexdigest()
 
 

@@ -123,7 +123,7 @@ def is_complete(data_dir: Path) -> bool:
         if not data_dir.exists() or (data_dir.is_dir() and not any(data_dir.iterdir())):
             return False
         check_set(data_dir)
-    except (UserError, OSError) as error:
+    except (UserError, OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{data_dir} is something other than a complete Tiny-ImageNet ({error}): move it away "
             "or choose another --data-dir"

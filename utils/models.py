@@ -159,7 +159,8 @@ def scored_logits(model: LoadedModel, images: ImageSet) -> tuple[list[int] | Non
     unknown = [name for name in images.classes if name not in position]
     if unknown:
         lacking = f"{unknown[0]!r}, one of {len(unknown)} of the images' {count}"
-        return None, f"no accuracy: the model's classes ({origin}) lack {lacking}"
+        remedy = "name the outputs as the images' folders are named with --classes FILE"
+        return None, f"no accuracy: the model's classes ({origin}) lack {lacking}; {remedy}"
     return [position[name] for name in images.classes], f"classes: {origin}"
 
 
@@ -213,7 +214,8 @@ def _count_classes(model: LoadedModel) -> int:
 
 def _read_classes(path: Path, model: LoadedModel) -> tuple[str, ...]:
     try:
-        names = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        names = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+        names = [name for name in names if name]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --classes {path} ({first_line(error)})") from error
     if len(names) == len(set(names)) == model.num_classes:
@@ -311,6 +313,11 @@ def _load_timm(source: ModelSource) -> LoadedModel:
     else:
         module = _create_with_weights(source, checkpoint)
         checkpoints = {checkpoint.name: sha256_of(checkpoint)}
+    patches = getattr(module, "patch_embed", None)
+    side = timm.layers.to_2tuple(getattr(patches, "patch_size", None) or 1)[0]
+    pads, size = getattr(patches, "dynamic_img_pad", False), source.input_size or side
+    if size % side and not pads:  # timm would cut off the rest
+        raise UserError(f"--input-size {size}: {name} takes multiples of {side} pixels")
     config = timm.data.resolve_model_data_config(module)
     channels, height, width = config["input_size"]
     if channels != 3 or (height != width and source.input_size is None):
@@ -336,24 +343,25 @@ def _create_timm(source: ModelSource, pretrained: bool, **options: Any) -> Any:
                 return create(img_size=source.input_size)
         return create()
     except Exception as error:  # timm's, the hub's, or of a file that came from there
-        raise UserError(
-            f"cannot load {source.name} ({first_line(error)}): check the name, connect to "
-            "huggingface.co once, or add --untrained to measure latency only"
-        ) from error
+        remedy = "check the name"
+        if pretrained and not name.startswith("local-dir:"):
+            remedy += ", connect to huggingface.co once, or add --untrained to measure latency only"
+        raise UserError(f"cannot load {source.name} ({first_line(error)}): {remedy}") from error
 
 
 def _read_weights(path: Path) -> dict[str, Any]:
     """A user's safetensors file or state dict.
 
-    It may lie under `model_ema`, `state_dict` or `model` (the first of these that is there is
-    taken); the prefixes of DataParallel and torch.compile are taken off.
+    It may lie under `model_ema`, `state_dict`, `model` or `model_state_dict` (the first of these
+    that is there is taken); the prefixes of DataParallel and torch.compile are taken off.
     """
     import timm
 
     if not path.is_file():
-        raise UserError(f"--checkpoint {path} does not exist")
+        raise UserError(f"--checkpoint {path} is no file")
     try:
-        return timm.models.load_state_dict(str(path), weights_only=True)
+        state = timm.models.load_state_dict(str(path), weights_only=True)
+        return timm.models.clean_state_dict(state.get("model_state_dict", state))
     except Exception as error:  # of a file that anyone may have made
         reason = first_line(error).split(". ")[0]  # what follows is timm's advice
         what = "is damaged, or holds more than weights"
@@ -369,7 +377,7 @@ def _create_with_weights(source: ModelSource, path: Path) -> Any:
     module = _create_timm(source, pretrained=False)
     heads = module.pretrained_cfg.get("classifier") or ""
     head = state.get(f"{heads if isinstance(heads, str) else heads[0]}.weight")
-    if isinstance(head, Tensor) and len(head) != module.num_classes:
+    if isinstance(head, Tensor) and head.ndim and len(head) != module.num_classes:
         module = _create_timm(source, pretrained=False, num_classes=len(head))
     try:
         module.load_state_dict(state)
@@ -377,7 +385,7 @@ def _create_with_weights(source: ModelSource, path: Path) -> Any:
         lines = [textwrap.shorten(line, 400) for line in str(error).splitlines()[1:4]]
         remedy = "is it of another network, or of another --input-size?"
         raise UserError(f"--checkpoint {path}: {' '.join(lines)} {remedy}") from error
-    for name, weight in module.named_parameters():
+    for name, weight in module.state_dict().items():
         if not weight.isfinite().all():
             raise UserError(f"--checkpoint {path}: {name} holds NaN or infinity")
     return module
@@ -546,7 +554,7 @@ def _load_with_card(source: ModelSource) -> LoadedModel:
     """What `write_checkpoint` wrote: a reference model, or a network of Part 2."""
     name, build, remedy = source.name, source.network, "git checkout weights"
     path = Path(name) if name.endswith(".safetensors") else WEIGHTS_DIR / f"{name}.safetensors"
-    if name in REFERENCE_MODELS:
+    if path.stem in REFERENCE_MODELS:
         build = build_reference_vit
     elif name != PART2_MODEL:
         remedy = f"python part2_tune.py (other weights: --model timm/NAME --checkpoint {name})"
