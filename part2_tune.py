@@ -139,6 +139,8 @@ def repair(hparams: HParams, num_classes: int, max_params: int) -> HParams:
             hparams = replace(hparams, **{name: value})  # type: ignore[arg-type]
             if count_parameters(hparams, num_classes) <= max_params:
                 return hparams
+    if hparams.whiten:  # which takes parameters, too
+        return repair(replace(hparams, whiten=False), num_classes, max_params)
     fewest = count_parameters(hparams, num_classes)
     raise cli.UserError(f"--max-params {max_params}: the smallest network has {fewest}")
 
@@ -167,11 +169,13 @@ def read_start(start: str, space: Space) -> list[dict[str, Any]]:
             raise ValueError("it has no column hparams")
         if "held_out_top1_percent" in table:
             table = table.sort_values("held_out_top1_percent", ascending=False)
+        if table.empty:
+            raise ValueError("it has no rows")
         rows = [json.loads(text) for text in table.hparams.unique()[:START_TRIALS]]
         params = [{name: row.get(name, getattr(HParams, name)) for name in space} for row in rows]
         for row in params:
             optuna.trial.create_trial(value=0.0, params=row, distributions=dict(space))  # checks
-    except (LookupError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise cli.UserError(f"--start {start}: {cli.first_line(error)}") from error
     return params
 
@@ -760,11 +764,13 @@ def run_final(tuning: Tuning, repeats: int) -> None:
     else:
         print("there are no finalists: the default is trained alone")
     study.queue(tuning.final, missing_final(tuning, repeats))
-    for name in ("default", "best"):  # of an earlier winner: Part 3 takes what it finds
-        if not is_saved(tuning, name, chosen.get(name)):
-            network_path(tuning, name).unlink(missing_ok=True)
-            network_path(tuning, name).with_suffix(".json").unlink(missing_ok=True)
     work_off(tuning, tuning.final)
+    best = network_path(
+        tuning, "best"
+    )  # an earlier winner's may be left: Part 3 takes what it finds
+    if study.finished(tuning.finalists) and not is_saved(tuning, "best", chosen.get("best")):
+        best.unlink(missing_ok=True)
+        best.with_suffix(".json").unlink(missing_ok=True)
 
 
 def missing_final(tuning: Tuning, repeats: int) -> list[study.Row]:
@@ -790,9 +796,14 @@ def is_saved(tuning: Tuning, configuration: str, hparams: dict[str, Any] | None)
 
 
 def choose_final(tuning: Tuning) -> Configurations:
-    """The default and, if another finalist has a higher mean, that as `best`."""
+    """The default and, if another finalist has a higher mean, that as `best`.
+
+    One that lacks more than half of the seeds does not count.
+    """
     rows = study.rows_of(tuning.finalists, "held_out_top1_percent")
     means = study.summarize(rows, "held_out_top1_percent")
+    most = max((row["trainings"] for row in means), default=0)
+    means = [row for row in means if 2 * row["trainings"] >= most]
     chosen = {"default": asdict(tuning.default)}
     if means and not study.unfinished(tuning.finalists):
         winner = max(means, key=lambda row: row["top1_percent_mean"])["configuration"]
@@ -874,6 +885,9 @@ def report(tuning: Tuning, machine: str) -> int:
     bad = [r for r in rows["finalists"] + rows["final"] if r["status"] not in ("ok", "retried")]
     for row in bad:
         print(f"{row['study']}, {row['configuration']}, seed {row['seed']}: {row['reason']}")
+    if rows["trials"] and all(row["status"] != "ok" for row in rows["trials"]):
+        print(f"no trial succeeded: {rows['trials'][-1]['reason']}")
+        return 1
     return int(any(row["status"] == "failed" for row in bad))
 
 
@@ -922,10 +936,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_checked(setting: Setting) -> data.ImageSet:
-    """The training images; UserError if they or the test images do not suffice."""
-    images = setting.load("train")
-    setting.load(data.ACCURACY_SPLIT[setting.dataset])
+def load_checked(setting: Setting) -> tuple[data.ImageSet, str]:
+    """The training images, and a digest of them and the test images with their labels.
+
+    Raises:
+        UserError: they do not suffice.
+    """
+    images, test = (setting.load(s) for s in ("train", data.ACCURACY_SPLIT[setting.dataset]))
     height, width = images.images.shape[-2:]
     if len(images.classes) < 2 or width < 8 or height != width:
         raise cli.UserError(
@@ -933,13 +950,18 @@ def load_checked(setting: Setting) -> data.ImageSet:
             "images of at least two classes, square and of at least 8 pixels"
         )
     data.hold_out(images, HELD_OUT)
-    return images
+    content = hashlib.sha256()
+    for part in (images, test):
+        content.update(part.images.numpy().data)
+        content.update(data.labels_of(part).numpy().data)
+    return images, content.hexdigest()[:12]
 
 
 def open_tuning(
     args: argparse.Namespace,
     setting: Setting,
     images: data.ImageSet,
+    pixels: str,
     storage: optuna.storages.BaseStorage,
     pool: study.WorkerPool,
 ) -> Tuning:
@@ -947,7 +969,7 @@ def open_tuning(
     space, name = search_space(len(images)), args.study_name
     default = HParams(batch_size=2 * smallest_batch(len(images)))
     kept = ("dataset", "flip", "max_params", "seed", "train_seconds", "device_name")
-    about = {key: getattr(setting, key) for key in kept} | {"images": list(images.images.shape)}
+    about = {key: getattr(setting, key) for key in kept} | {"images": pixels}
     about |= {"classes": digest(images.classes), "search_space": digest(map(str, space.items()))}
     compiled = {"compiled": args.compile and args.device.type == "cuda"}
     # Twice what two trainings may take, one queued behind the other, with minutes of setup each: to
@@ -1003,20 +1025,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     cli.check_threads([args.threads])
     cli.check_name(args.dataset, data.DATASETS, "data set")
-    if args.study_name in ("", ".", "..") or Path(args.study_name).name != args.study_name:
-        raise cli.UserError(f"--study-name {args.study_name!r}: choose a name without slashes")
+    taken = args.study_name.endswith(("-finalists", "-final"))  # the other stages' studies
+    if args.study_name in ("", ".", "..") or Path(args.study_name).name != args.study_name or taken:
+        remedy = "choose a name without slashes that does not end in -final or -finalists"
+        raise cli.UserError(f"--study-name {args.study_name!r}: {remedy}")
+    if args.start and "search" not in args.stages:
+        raise cli.UserError(f"--start {args.start}: --stage {args.stage} has no use for it")
     environment = results.environment(threads=args.threads)
     args.device_name = f"{environment['cpu']}, {args.threads} threads"
     if args.device.type == "cuda":
         args.device_name = environment["gpu"]
     setting = Setting(**{field.name: getattr(args, field.name) for field in fields(Setting)})
-    images = load_checked(setting)
+    images, pixels = load_checked(setting)
     gpus = torch.cuda.device_count() if args.device.type == "cuda" else 0
     devices = [torch.device("cuda", i) for i in range(gpus)] or [args.device]
     cli.make_output_dir(args.output_dir)  # the journal's, unless --storage is elsewhere
     # On a CPU a sampler at work would take the time of a training.
     with study.opened(args.storage) as storage, study.WorkerPool(devices, ahead=bool(gpus)) as pool:
-        tuning = open_tuning(args, setting, images, storage, pool)
+        tuning = open_tuning(args, setting, images, pixels, storage, pool)
         start = read_start(args.start, tuning.space) if args.start else []
         if not study.is_shared(args.storage):
             results.written.append(Path(args.storage))  # for the line after a Ctrl-C

@@ -173,6 +173,11 @@ def test_what_is_too_large_is_repaired_at_every_corner_of_the_space():
         if "width" in changed:
             assert found.depth2 == found.depth3 == 0
     assert repaired > 8
+    smallest = part2.HParams(width=32, depth1=0, depth2=0, depth3=0, whiten=True)
+    fewest = part2.count_parameters(replace(smallest, whiten=False), 100)
+    assert part2.repair(smallest, 100, fewest) == replace(smallest, whiten=False)
+    with pytest.raises(UserError, match=f"the smallest network has {fewest}"):
+        part2.repair(smallest, 100, fewest - 1)
 
 
 def test_repair_takes_no_more_than_it_must():
@@ -877,6 +882,15 @@ def test_the_presets_of_the_reports_can_begin_a_study():
         part2.read_start(str(table), few)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"), [("hparams\n[1]\n", "list"), ("hparams\n", "no row")]
+)
+def test_a_start_that_holds_no_configurations(content: str, reason: str, tmp_path: Path):
+    (tmp_path / "start.csv").write_text(content)
+    with pytest.raises(UserError, match=f"start.csv: .*{reason}"):
+        part2.read_start(str(tmp_path / "start.csv"), part2.search_space(50_000))
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -952,6 +966,8 @@ def test_images_that_are_not_square_are_refused(monkeypatch):
         ["--study-name", "a/b"],
         ["--study-name", ""],
         ["--study-name", ".."],
+        ["--study-name", "mine-final"],
+        ["--stage", "final", "--start", "trials.csv"],
         ["--device", "tpu"],
         ["--device", "cuda"],
         ["--threads", "0"],

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import re
 import sys
 import types
 from importlib.metadata import version
@@ -133,6 +134,11 @@ def test_environment_says_what_machine_this_is(monkeypatch: pytest.MonkeyPatch) 
     } == set(found)
     assert json.loads(json.dumps(found)) == found
     assert found["command"] == "part2_tune.py --storage postgresql://me:***@host/db"
+    assert (
+        re.sub(results.PASSWORDS, r"\1\2***", "x://host:80/a?password=b&c=d")
+        == "x://host:80/a?password=***&c=d"
+    )
+    assert re.sub(results.PASSWORDS, r"\1\2***", "x://me:a/b@host/c") == "x://me:***@host/c"
     assert found["commit"] == "abc"  # what the caller knows better wins
     assert found["libraries"]["torch"] == version("torch")
     assert found["time_utc"].endswith("+00:00")

@@ -487,7 +487,10 @@ def test_importances_want_enough_trials_and_find_what_matters() -> None:
     found = optuna.create_study(direction="maximize")
     for i in range(30):
         params = {"x": i / 30, "y": 7 * i % 30 / 30}
-        found.add_trial(create_trial(params=params, distributions=SPACE, value=i / 30))
+        asked = params | {"y": params["x"]}  # what is trained decides, not what was asked for
+        trial = create_trial(params=asked, distributions=SPACE, value=i / 30)
+        trial.set_user_attr("hparams", params)
+        found.add_trial(trial)
         if i == study.MIN_COMPLETE - 2:
             assert study.importance_rows(found) == []
     first, second = study.importance_rows(found)
@@ -615,4 +618,5 @@ def test_three_machines_share_a_database(postgresql: str) -> None:
         for name, total in TOTALS.items():
             found = optuna.load_study(study_name=name, storage=storage)
             assert not study.unfinished(found)
-            assert total <= len(study.best_trials(found)) <= total + 2
+            # Two that end a stage at the same moment may both queue the next.
+            assert total <= len(study.best_trials(found)) <= 2 * total

@@ -9,6 +9,7 @@ User attributes of a trial: what it trains (`configuration`, `hparams`, `seed`),
 """
 
 import contextlib
+import copy
 import fcntl
 import functools
 import json
@@ -451,13 +452,21 @@ def rows_of(study: optuna.Study, value_column: str) -> list[Row]:
 def importance_rows(study: optuna.Study) -> list[Row]:
     """Importances by PED-ANOVA (Watanabe et al. 2023); none with too few complete trials.
 
-    They tell which hyperparameters set the best tenth of the complete trials apart from the rest,
-    not what happens when one is changed alone.
+    Of what was trained, which may not be what the sampler asked for. They tell which
+    hyperparameters set the best tenth of the complete trials apart from the rest, not what happens
+    when one is changed alone.
     """
-    complete = len(in_state(study, TrialState.COMPLETE))
-    importances = optuna.importance.get_param_importances(study) if complete >= MIN_COMPLETE else {}
+    complete = in_state(study, TrialState.COMPLETE)
+    if len(complete) < MIN_COMPLETE:
+        return []
+    trained = optuna.create_study(direction="maximize")
+    for trial in complete:
+        trial = copy.copy(trial)
+        trial.params = {name: trial.user_attrs["hparams"][name] for name in trial.params}
+        trained.add_trial(trial)
+    importances = optuna.importance.get_param_importances(trained)
     return [
-        {"hyperparameter": name, "importance": round(value, 4), "complete_trials": complete}
+        {"hyperparameter": name, "importance": round(value, 4), "complete_trials": len(complete)}
         for name, value in importances.items()
     ]
 
