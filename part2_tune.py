@@ -765,9 +765,7 @@ def run_final(tuning: Tuning, repeats: int) -> None:
         print("there are no finalists: the default is trained alone")
     study.queue(tuning.final, missing_final(tuning, repeats))
     work_off(tuning, tuning.final)
-    best = network_path(
-        tuning, "best"
-    )  # an earlier winner's may be left: Part 3 takes what it finds
+    best = network_path(tuning, "best")  # perhaps an earlier winner's; Part 3 takes what it finds
     if study.finished(tuning.finalists) and not is_saved(tuning, "best", chosen.get("best")):
         best.unlink(missing_ok=True)
         best.with_suffix(".json").unlink(missing_ok=True)

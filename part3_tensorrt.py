@@ -624,10 +624,8 @@ def configure(builder: Any, network: Any, job: EngineJob) -> Any:
         config.set_flag(trt.BuilderFlag.TF32)
     else:
         config.clear_flag(trt.BuilderFlag.TF32)  # on by default, and float32 would not be float32
-    images, size = (
-        network.get_input(0),
-        job.columns["image_size"],
-    )  # a user's file may leave it open
+    images = network.get_input(0)
+    size = job.columns["image_size"]  # which a user's file may leave open
     for batch_size in job.engine_batch_sizes:
         shape = trt.Dims([batch_size, 3, size, size])
         profile = builder.create_optimization_profile()
