@@ -261,7 +261,8 @@ def make_reference(run: Run) -> Reference:
             what = f"{len(images)} {split} images of {run.dataset}"
             break
     else:
-        shape = (PARITY_IMAGES, 3, *2 * [model.preprocessing.input_size])
+        side = model.preprocessing.input_size
+        shape = (PARITY_IMAGES, 3, side, side)
         noise = np.random.default_rng(seed).integers(256, size=shape, dtype=np.uint8)
         images, what = torch.from_numpy(noise), f"noise, as there are no images of {run.dataset}"
     logits = evaluation.predict(model.module, images, model.preprocessing, 16)
@@ -747,14 +748,15 @@ def measure_streams(
     rows = []
     for count, turns in found.items():
         latencies_ms = 1000 * np.concatenate([latencies for _, latencies in turns])
-        median, p99 = np.percentile(latencies_ms, [50, 99]).tolist()
-        p99 = p99 if len(latencies_ms) >= timing.CALLS_FOR_P99 else None
-        row: dict[str, Any] = {
+        row = {
             "streams": count,
             "images_per_s": float(np.median([rate for rate, _ in turns])),
+            "latency_ms_median": float(np.median(latencies_ms)),
+            "latency_ms_p99": timing.p99_of(latencies_ms),
+            "rounds": rounds,
+            "calls": len(latencies_ms),
         }
-        row |= {"latency_ms_median": median, "latency_ms_p99": p99}
-        rows.append(row | {"rounds": rounds, "calls": len(latencies_ms)})
+        rows.append(row)
     return rows
 
 

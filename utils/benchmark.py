@@ -744,10 +744,10 @@ def build_all(
             worker.run(load_inputs, images.numpy())
             warm_up = functools.partial(timing.warm_up, functools.partial(worker.run, time_calls))
             latency = warm_up()
-            slowest = MAX_SLOWDOWN * latency_ms.get(baseline, latency)
-            if scored and latency > slowest:  # or others stalled it
+            reference = latency_ms.get(baseline, latency)
+            if scored and latency > MAX_SLOWDOWN * reference:  # or others stalled it
                 latency = min(latency, warm_up())
-            slowdown = MAX_SLOWDOWN * latency / slowest
+            slowdown = latency / reference
             if scored and slowdown > MAX_SLOWDOWN:
                 add_reason(row, f"not scored: {slowdown:.0f} times slower than {baseline}")
             elif scored:

@@ -214,8 +214,8 @@ def _count_classes(model: LoadedModel) -> int:
 
 def _read_classes(path: Path, model: LoadedModel) -> tuple[str, ...]:
     try:
-        names = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
-        names = [name for name in names if name]
+        lines = path.read_text("utf-8-sig").splitlines()
+        names = [line.strip() for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read --classes {path} ({first_line(error)})") from error
     if len(names) == len(set(names)) == model.num_classes:

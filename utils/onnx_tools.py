@@ -111,15 +111,16 @@ def check_onnx(path: Path, size: int, outputs: int) -> dict[str, Any]:
     model = ir.load(path)
     inputs = [value for value in model.graph.inputs if not value.is_initializer()]
     values = [*inputs, *model.graph.outputs]
-    shapes = [tuple(value.shape or ()) for value in values]
-    wanted = [("N", 3, size, size), ("N", outputs)]
-    fits = [len(shape) for shape in shapes] == [4, 2] and all(
-        axis == w
-        for pair in zip(shapes, wanted, strict=True)
-        for axis, w in zip(*pair, strict=True)
-        if isinstance(axis, int)
-    )
-    if not fits or any(value.dtype != ir.DataType.FLOAT for value in values):
+
+    def fits(value: ir.Value, wanted: Sequence[int | None]) -> bool:
+        shape = tuple(value.shape or ())
+        agree = len(shape) == len(wanted) and all(
+            axis == w for axis, w in zip(shape, wanted, strict=True) if isinstance(axis, int)
+        )
+        return agree and value.dtype == ir.DataType.FLOAT
+
+    wanted = [(None, 3, size, size), (None, outputs)]
+    if len(values) != 2 or not all(map(fits, values, wanted)):
         found = " and ".join(f"{value.name} {value.dtype} {value.shape}" for value in values)
         raise ValueError(
             f"{found}: expected float32 [N, 3, {size}, {size}] in, [N, {outputs}] out, for any N"

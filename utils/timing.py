@@ -167,14 +167,19 @@ def measure_rounds(
     return blocks
 
 
+def p99_of(latencies_ms: np.ndarray) -> float | None:
+    """The 99th percentile; None of fewer than CALLS_FOR_P99, which do not tell it."""
+    return float(np.percentile(latencies_ms, 99)) if len(latencies_ms) >= CALLS_FOR_P99 else None
+
+
 def summarise(
     blocks: Mapping[str, Sequence[Block]], baseline: str, batch_size: int
 ) -> dict[str, dict[str, float | None]]:
     """Turn measured blocks into one row of LATENCY_COLUMNS per candidate.
 
-    Latency percentiles are over all calls; p99 needs 100 of them, else it is None. The speedup is
-    the median over rounds of (baseline's block median / own block median), `speedup_p10` and
-    `speedup_p90` are the 10th and 90th percentile of the same ratios.
+    Latency percentiles are over all calls; p99 is by `p99_of`. The speedup is the median over
+    rounds of (baseline's block median / own block median), `speedup_p10` and `speedup_p90` are the
+    10th and 90th percentile of the same ratios.
     """
     reference = [np.median(block.latencies_ms) for block in blocks[baseline]]
     rows: dict[str, dict[str, float | None]] = {}
@@ -183,11 +188,10 @@ def summarise(
         wall_ms = sum(block.wall_ms for block in own) / len(samples)
         ratios = [r / np.median(b.latencies_ms) for r, b in zip(reference, own, strict=True)]
         low, speedup, high = np.percentile(ratios, [10, 50, 90])
-        p90, p99 = np.percentile(samples, [90, 99])
         rows[name] = {
             "latency_ms_median": float(np.median(samples)),
-            "latency_ms_p90": float(p90),
-            "latency_ms_p99": float(p99) if len(samples) >= CALLS_FOR_P99 else None,
+            "latency_ms_p90": float(np.percentile(samples, 90)),
+            "latency_ms_p99": p99_of(samples),
             "wall_ms_mean": wall_ms,
             "images_per_s": batch_size * 1e3 / wall_ms,
             "speedup": float(speedup),
