@@ -164,6 +164,18 @@ def test_low_precision_is_inside_and_float32_outside(dtype: torch.dtype, tmp_pat
         torch.testing.assert_close(logits, expected, rtol=0.01, atol=0.01)
 
 
+def test_gelu_is_exact_in_float32_and_by_tanh_in_half_precision(tmp_path: Path):
+    module = nn.Sequential(nn.Flatten(), nn.GELU())
+    x = torch.linspace(-3, 3, 2 * 3 * 32 * 32).half().float().reshape(2, 3, 32, 32)
+    rounding = 2**-10  # of half precision between 2 and 4
+    for dtype, formula, error in ((None, "none", 1e-6), (torch.float16, "tanh", 5e-4 + rounding)):
+        path = export(module, tmp_path / f"{formula}.onnx", dtype)
+        (gelu,) = (node for node in ir.load(path).graph if node.op_type == "Gelu")
+        assert gelu.attributes.get_string("approximate", "none") == formula
+        activations = torch.from_numpy(onnx_session(path, 1, optimize=False)(x))
+        torch.testing.assert_close(activations, module(x), rtol=0, atol=error)
+
+
 class Standardised(nn.Module):
     """A convolution whose weights are standardised in the network, as an NFNet's."""
 

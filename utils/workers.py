@@ -7,6 +7,7 @@ time and ends when its parent does, however that ends.
 
 import contextlib
 import ctypes
+import fcntl
 import multiprocessing
 import os
 import pickle
@@ -125,7 +126,7 @@ class Worker:
 
 def _serve(pipe: Connection) -> None:
     """In the worker: answer each question with a value or an error, until the pipe is closed."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _end_with_parent()
     with contextlib.suppress(EOFError, OSError):
         while True:
             pipe.send_bytes(_answer(pipe.recv_bytes()))
@@ -157,11 +158,16 @@ def _portable(error: Exception) -> Exception:
 
 
 def _end_with_parent() -> None:
-    """End this process, whatever it does, when its parent is gone."""
+    """Have the system end this process, whatever it does, when its parent is gone.
+
+    The pipe that closes then sends SIGIO, which ends a process on Linux, also while a library holds
+    the interpreter, as TensorRT does when it builds an engine. See fcntl(2), O_ASYNC.
+    """
     parent = multiprocessing.parent_process()
     assert parent
-    parent.join()
-    os._exit(1)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    flags = fcntl.fcntl(parent.sentinel, fcntl.F_GETFL)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
 @contextlib.contextmanager
