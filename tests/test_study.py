@@ -276,6 +276,22 @@ def test_only_what_is_missing_is_queued_seeds_outside(journal: Path) -> None:
     assert asked == [("default", 1), ("default", 0), ("best", 0), ("best", 1)]
 
 
+@pytest.mark.usefixtures("inline")
+def test_what_two_machines_queue_at_once_is_trained_once(journal: Path) -> None:
+    with study.opened(str(journal)) as storage, study.WorkerPool([CPU], ahead=True) as pool:
+        found = study.open_study(storage, "final", SETTING)
+        asked = study.missing(found, {"default": DEFAULT, "best": {"x": 1.0}}, [0, 1])
+        study.queue(found, asked)
+        study.queue(found, asked)
+        study.work_off(found, pool, {}, functools.partial(queued_job, train), lambda: None)
+        rows = study.rows_of(found, "value")
+        assert [(row["configuration"], row["seed"], row["status"]) for row in rows] == [
+            (what["configuration"], what["seed"], "ok") for what in asked
+        ]
+        assert len(study.finished(found)) == 4
+        assert study.missing(found, {"default": DEFAULT, "best": {"x": 1.0}}, [0, 1]) == []
+
+
 def test_what_failed_in_the_end_or_is_lost_is_queued_again_once(journal: Path) -> None:
     with study.opened(str(journal)) as storage:
         found = study.open_study(storage, "final", SETTING)
@@ -618,5 +634,5 @@ def test_three_machines_share_a_database(postgresql: str) -> None:
         for name, total in TOTALS.items():
             found = optuna.load_study(study_name=name, storage=storage)
             assert not study.unfinished(found)
-            # Two that end a stage at the same moment may both queue the next.
-            assert total <= len(study.best_trials(found)) <= 2 * total
+            complete = len(study.best_trials(found))
+            assert total <= complete <= total + 2 * (name == "search")  # three may begin the last

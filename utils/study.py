@@ -185,7 +185,7 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
         trial
         for trial in trials
         # Without hyperparameters it was asked for and had nothing to do.
-        if trial.state.is_finished() and "hparams" in trial.user_attrs
+        if trial.state.is_finished() and trial.user_attrs.get("hparams")
         if trial.number not in retried
     ]
 
@@ -236,6 +236,17 @@ def queue(study: optuna.Study, asked: Iterable[Row]) -> None:
     """Queue trainings, as by `missing`."""
     for user_attrs in asked:
         study.enqueue_trial({}, user_attrs)
+
+
+def drop_twin(study: optuna.Study, trial: optuna.Trial) -> bool:
+    """Whether two machines queued this training as both ended a stage: the first one counts."""
+    keys = ("hparams", "seed", "retry_of", "tries")
+    asked = [trial.user_attrs.get(key) for key in keys]
+    earlier = study.get_trials(deepcopy=False)[: trial.number]
+    twin = any(asked == [other.user_attrs.get(key) for key in keys] for other in earlier)
+    if twin:
+        trial.set_user_attr("hparams", None)
+    return twin
 
 
 def try_again(study: optuna.Study, number: int, counted: bool = True) -> None:
@@ -364,7 +375,7 @@ def work_off(
                 pool.replace_dead()
                 while len(running) < pool.capacity and left(study, total) > 0:
                     trial = study.ask(dict(space))
-                    if job := job_of(trial):
+                    if (job := job_of(trial)) and not drop_twin(study, trial):
                         running[pool.submit(*job)] = trial
                     else:
                         study.tell(trial, state=TrialState.FAIL)
@@ -432,7 +443,7 @@ def rows_of(study: optuna.Study, value_column: str) -> list[Row]:
     for trial in study.get_trials(deepcopy=False):
         about: Row = {"status": "failed", "reason": "its process was stopped or killed"}
         about |= trial.user_attrs
-        if trial.state.is_finished() and "hparams" in about:
+        if trial.state.is_finished() and about.get("hparams"):
             rows.append(
                 {
                     "study": study.study_name,
