@@ -393,7 +393,7 @@ def test_options_that_exclude_each_other(tmp_path: Path) -> None:
     [
         (ModelSource("vit_digits"), "vit_digits"),
         (ModelSource("timm/resnet18.a1_in1k"), "timm-resnet18.a1_in1k"),
-        (ModelSource("timm/resnet18", Path("runs/3/best.pth")), "timm-resnet18-best"),
+        (ModelSource("timm/resnet18", Path("runs/3/best.pth")), "timm-resnet18-runs-3-best"),
         (ModelSource("timm/hf-hub:owner/name"), "timm-hf-hub-owner-name"),
         (ModelSource("vit_digits", untrained=True), "vit_digits-untrained"),
         (ModelSource("/tmp/part2/best.safetensors"), "tmp-part2-best"),

@@ -381,18 +381,23 @@ def test_profile_writes_a_table_and_a_trace_of_each_candidate(tmp_path: Path):
     assert any(event.get("name") == "aten::linear" for event in events)
 
 
-def test_two_checkpoints_of_one_architecture_have_a_folder_each(tmp_path: Path):
+def test_two_checkpoints_of_one_name_have_a_folder_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
     weights = []
-    for name in ("first", "second"):
-        path = tmp_path / f"{name}.pth"
+    for run in ("first", "second"):
+        path = Path(run, "best.pth")
+        path.parent.mkdir()
         torch.save(timm.create_model("test_vit", num_classes=10).state_dict(), path)
         flags = ["--model", "timm/test_vit", "--checkpoint", str(path), "--candidates", "fp32"]
-        flags += ["--no-memory", "--output-dir", str(tmp_path)]
+        flags += ["--no-memory", "--output-dir", "results"]
         assert part1_quantize.main([*SMALL, *flags]) == 0
-        folder = tmp_path / f"timm-test_vit-{name}"
+        folder = Path("results", f"timm-test_vit-{run}-best")
         assert pd.read_csv(folder / "quantization.csv").top1_percent.notna().all()
         weights.append(json.loads((folder / "environment.json").read_text())["checkpoints"])
-    assert [list(files) for files in weights] == [["first.pth"], ["second.pth"]]
+    assert [list(files) for files in weights] == [["best.pth"], ["best.pth"]]
+    assert weights[0] != weights[1]
 
 
 def test_unwritable_output_is_a_users_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -137,7 +137,8 @@ def test_export_needs_no_test_images(
     assert not (tmp_path / "vit_digits" / "tensorrt.csv").exists()
     own = timm.create_model("test_resnet", num_classes=3).state_dict()
     torch.save(own, tmp_path / "mine.pth")
-    chosen = ["--model", "timm/test_resnet", "--checkpoint", str(tmp_path / "mine.pth")]
+    monkeypatch.chdir(tmp_path)
+    chosen = ["--model", "timm/test_resnet", "--checkpoint", "mine.pth"]
     assert part3.main([*arguments, *flags, *chosen]) == 0
     file = tmp_path / "timm-test_resnet-mine" / "engines" / "timm-test_resnet-mine-fp16.onnx"
     assert json.loads(ir.load(file).metadata_props["classes"]) == ["ant", "cat", "dog"]

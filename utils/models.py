@@ -112,11 +112,11 @@ def load_model(source: ModelSource) -> LoadedModel:
 
 
 def run_name(source: ModelSource) -> str:
-    """The folder of a model's results, `<model>[-<checkpoint stem>|-untrained]`, no slashes."""
-    stem = "-untrained" if source.untrained else ""
+    """The folder of a model's results, `<model>[-<checkpoint>|-untrained]`, `-` for slashes."""
+    which = "-untrained" if source.untrained else ""
     if source.checkpoint is not None:
-        stem = f"-{source.checkpoint.stem}"
-    name = source.name.removesuffix(".safetensors") + stem
+        which = f"-{source.checkpoint.with_suffix('')}"
+    name = source.name.removesuffix(".safetensors") + which
     return re.sub("[/:]+", "-", name).strip("-")
 
 
