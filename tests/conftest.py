@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,12 @@ benchmark.MAX_SLOWDOWN = math.inf  # a candidate that a busy machine holds up is
 # wnids.txt of the real set is not sorted either.
 WNIDS = ("n02124075", "n01443537", "n04067472")
 COLOURS = {"n02124075": (200, 40, 40), "n01443537": (40, 200, 40), "n04067472": (40, 40, 200)}
+
+
+@pytest.fixture(autouse=True)
+def _no_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Ctrl-C of one test is none of the next one's."""
+    monkeypatch.setattr("utils.cli._interrupted", threading.Event())
 
 
 @pytest.fixture

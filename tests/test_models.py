@@ -403,6 +403,14 @@ def test_run_name_is_one_folder(source: ModelSource, name: str) -> None:
     assert run_name(source) == name
 
 
+def test_run_name_leaves_room_for_the_names_of_engines() -> None:
+    deep = [ModelSource("timm/vit", Path("deep/" * 50, f"{i}.pth")) for i in range(2)]
+    names = [run_name(source) for source in deep]
+    assert names[0] != names[1]
+    assert {len(name) for name in names} == {120}
+    assert names[0].startswith("timm-vit-deep-deep-")
+
+
 def test_reference_model_may_be_named_by_its_file() -> None:
     path = models.WEIGHTS_DIR / "vit_digits.safetensors"
     assert load(str(path)).num_classes == 10

@@ -133,9 +133,17 @@ def test_a_swallowed_ctrl_c_is_raised_by_the_next_question():
     assert main() == 130
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="SIGIO ends a process there alone")
-def test_a_worker_ends_when_its_parent_is_killed():
+ends_with_parent = pytest.mark.skipif(
+    sys.platform != "linux", reason="SIGIO ends a process there alone"
+)
+
+
+@ends_with_parent
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_worker_ends_when_its_parent_is_killed(ignored: bool):
     program = (
+        "import signal\n"
+        f"{'signal.signal(signal.SIGIO, signal.SIG_IGN)' if ignored else ''}\n"
         "from tests.test_workers import sleep_with_the_lock\nfrom utils.workers import Worker\n"
         "Worker().run(sleep_with_the_lock, 600)\n"
     )
@@ -147,3 +155,21 @@ def test_a_worker_ends_when_its_parent_is_killed():
         parent.kill()
         assert parent.stdout.read() == ""  # ends only when nobody holds the pipe any more
     assert parent.returncode == -signal.SIGKILL
+
+
+@ends_with_parent
+def test_a_worker_that_starts_does_nothing_for_a_parent_that_was_killed(tmp_path: Path):
+    """Killed with the question sent, before the worker has run a line of ours."""
+    (tmp_path / "main.py").write_text(
+        "import os, signal, sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tests.test_workers import sleep_with_the_lock\nfrom utils.workers import Worker\n"
+        "if __name__ == '__main__':\n"
+        "    worker = Worker()\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0.2)  # its default ends this process\n"
+        "    worker.run(sleep_with_the_lock, 600)\n"
+        "time.sleep(2)  # in the worker: what a script imports\n"
+    )
+    command = [sys.executable, str(tmp_path / "main.py")]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=100, check=False)
+    assert (ended.returncode, ended.stdout) == (-signal.SIGALRM, "")

@@ -45,6 +45,7 @@ DINOV2_MODELS = tuple(
 DINOV2_INPUT_SIZE = 224  # pixels: 16 x 16 patches of 14, the size its accuracy is published at
 REFERENCE_MODELS = ("vit_tiny_imagenet", "vit_digits")
 PART2_MODEL = "smallcnn_cifar100"
+LONGEST_NAME = 120  # of a run's folder, in characters
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -116,8 +117,10 @@ def run_name(source: ModelSource) -> str:
     which = "-untrained" if source.untrained else ""
     if source.checkpoint is not None:
         which = f"-{source.checkpoint.with_suffix('')}"
-    name = source.name.removesuffix(".safetensors") + which
-    return re.sub("[/:]+", "-", name).strip("-")
+    name = re.sub("[/:]+", "-", source.name.removesuffix(".safetensors") + which).strip("-")
+    if len(name) > LONGEST_NAME:  # a file system allows 255 bytes, the names of engines need some
+        name = f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return name
 
 
 def describe_preprocessing(model: LoadedModel) -> str:

@@ -177,15 +177,25 @@ def unfinished(study: optuna.Study) -> list[FrozenTrial]:
     return in_state(study, TrialState.WAITING, TrialState.RUNNING)
 
 
+def trainings(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials less those that another machine queued, too, as both ended a stage at once."""
+    first: dict[str, FrozenTrial] = {}
+    for trial in study.get_trials(deepcopy=False):
+        keys = ("hparams", "seed", "retry_of", "tries")
+        asked = [trial.user_attrs.get(key) for key in keys]
+        first.setdefault(json.dumps(asked if asked[0] else trial.number, sort_keys=True), trial)
+    return list(first.values())
+
+
 def finished(study: optuna.Study) -> list[FrozenTrial]:
     """Trainings that are complete, or have failed, and were not queued again."""
-    trials = study.get_trials(deepcopy=False)
+    trials = trainings(study)
     retried = {trial.user_attrs.get("retry_of") for trial in trials}
     return [
         trial
         for trial in trials
         # Without hyperparameters it was asked for and had nothing to do.
-        if trial.state.is_finished() and trial.user_attrs.get("hparams")
+        if trial.state.is_finished() and "hparams" in trial.user_attrs
         if trial.number not in retried
     ]
 
@@ -215,7 +225,7 @@ def missing(
     are complete but `lost` (pairs of configuration and seed). The seeds outside: an interrupted
     comparison is still a fair one.
     """
-    trials = study.get_trials(deepcopy=False)
+    trials = trainings(study)
     found = []
     for seed in seeds:
         for name, hparams in configurations.items():
@@ -238,25 +248,15 @@ def queue(study: optuna.Study, asked: Iterable[Row]) -> None:
         study.enqueue_trial({}, user_attrs)
 
 
-def drop_twin(study: optuna.Study, trial: optuna.Trial) -> bool:
-    """Whether two machines queued this training as both ended a stage: the first one counts."""
-    keys = ("hparams", "seed", "retry_of", "tries")
-    asked = [trial.user_attrs.get(key) for key in keys]
-    earlier = study.get_trials(deepcopy=False)[: trial.number]
-    twin = any(asked == [other.user_attrs.get(key) for key in keys] for other in earlier)
-    if twin:
-        trial.set_user_attr("hparams", None)
-    return twin
-
-
 def try_again(study: optuna.Study, number: int, counted: bool = True) -> None:
-    """Fail a running trial and, unless it has had its TRIES, queue what it was to do."""
+    """Fail a running trial and queue what it was to do, unless it has had its TRIES."""
     trials = study.get_trials(deepcopy=False)
     trial = trials[number]
     if trial.state.is_finished():  # a Ctrl-C came just after its end
         return
     tries = trial.user_attrs.get("tries", 1) + counted
     queued = any(other.user_attrs.get("retry_of") == number for other in trials)
+    queued |= all(other.number != number for other in trainings(study))
     if tries <= TRIES and not queued:  # before it fails: a kill in between must not lose it
         params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         asked = ("configuration", "hparams", "seed")
@@ -375,7 +375,8 @@ def work_off(
                 pool.replace_dead()
                 while len(running) < pool.capacity and left(study, total) > 0:
                     trial = study.ask(dict(space))
-                    if (job := job_of(trial)) and not drop_twin(study, trial):
+                    job = job_of(trial)
+                    if job and trial.number in {one.number for one in trainings(study)}:
                         running[pool.submit(*job)] = trial
                     else:
                         study.tell(trial, state=TrialState.FAIL)
@@ -440,10 +441,10 @@ def rows_of(study: optuna.Study, value_column: str) -> list[Row]:
     """
     last = {trial.number for trial in finished(study)}
     rows = []
-    for trial in study.get_trials(deepcopy=False):
+    for trial in trainings(study):
         about: Row = {"status": "failed", "reason": "its process was stopped or killed"}
         about |= trial.user_attrs
-        if trial.state.is_finished() and about.get("hparams"):
+        if trial.state.is_finished() and "hparams" in about:
             rows.append(
                 {
                     "study": study.study_name,

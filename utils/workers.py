@@ -2,7 +2,7 @@
 
 Candidates change global state (Inductor's freezing, the quantised engine, TF32), keep thread pools
 and may crash the interpreter. Each lives in its own worker process, which answers one question at a
-time and ends when its parent does, however that ends.
+time and ends when its parent does, however that ends (macOS: when it has answered).
 """
 
 import contextlib
@@ -165,9 +165,13 @@ def _end_with_parent() -> None:
     """
     parent = multiprocessing.parent_process()
     assert parent
+    signal.signal(signal.SIGIO, signal.SIG_DFL)  # whatever was inherited
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGIO})
     fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
     flags = fcntl.fcntl(parent.sentinel, fcntl.F_GETFL)
     fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, flags | os.O_ASYNC)
+    if not parent.is_alive():  # it ended before that, and there will be no signal
+        os._exit(1)
 
 
 @contextlib.contextmanager
