@@ -357,8 +357,8 @@ def plain_attention(
 def tanh_gelu(x: Any, approximate: str = "none") -> Any:
     """GELU in ONNX by its tanh formula, for half precision: it differs by at most 5e-4.
 
-    Of the exact one TensorRT computes the error function in float32, which costs about as much as
-    the matrix product before it. The formula is that of section 2 of https://arxiv.org/abs/1606.08415.
+    In TensorRT 10.6 on an H200 the exact one's error function took nearly as long as the product
+    before it, and longer in 8 bits. The formula is in section 2 of https://arxiv.org/abs/1606.08415.
     """
     from onnxscript import opset20 as op
 
