@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -158,11 +159,13 @@ def _portable(error: Exception) -> Exception:
 
 
 def _end_with_parent() -> None:
-    """Have the system end this process, whatever it does, when its parent is gone.
+    """Have Linux end this process, whatever it does, when its parent is gone.
 
-    The pipe that closes then sends SIGIO, which ends a process on Linux, also while a library holds
-    the interpreter, as TensorRT does when it builds an engine. See fcntl(2), O_ASYNC.
+    The pipe that closes then sends SIGIO, which needs no lock of the interpreter: TensorRT holds it
+    while it builds an engine. See fcntl(2), O_ASYNC.
     """
+    if sys.platform != "linux":  # macOS ignores SIGIO
+        return
     parent = multiprocessing.parent_process()
     assert parent
     signal.signal(signal.SIGIO, signal.SIG_DFL)  # whatever was inherited
