@@ -161,7 +161,7 @@ def test_a_worker_ends_when_its_parent_is_killed(ignored: bool):
 def test_a_worker_that_starts_does_nothing_for_a_parent_that_was_killed(tmp_path: Path):
     """Killed with the question sent, before the worker has run a line of ours."""
     (tmp_path / "main.py").write_text(
-        "import os, signal, sys, time\n"
+        "import signal, sys, time\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
         "from tests.test_workers import sleep_with_the_lock\nfrom utils.workers import Worker\n"
         "if __name__ == '__main__':\n"

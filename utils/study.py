@@ -187,6 +187,11 @@ def trainings(study: optuna.Study) -> list[FrozenTrial]:
     return list(first.values())
 
 
+def is_twin(study: optuna.Study, number: int) -> bool:
+    """Whether an earlier trial is the same training: see `trainings`."""
+    return all(trial.number != number for trial in trainings(study))
+
+
 def finished(study: optuna.Study) -> list[FrozenTrial]:
     """Trainings that are complete, or have failed, and were not queued again."""
     trials = trainings(study)
@@ -256,8 +261,8 @@ def try_again(study: optuna.Study, number: int, counted: bool = True) -> None:
         return
     tries = trial.user_attrs.get("tries", 1) + counted
     queued = any(other.user_attrs.get("retry_of") == number for other in trials)
-    queued |= all(other.number != number for other in trainings(study))
-    if tries <= TRIES and not queued:  # before it fails: a kill in between must not lose it
+    # Before it fails: a kill in between must not lose it.
+    if tries <= TRIES and not queued and not is_twin(study, number):
         params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         asked = ("configuration", "hparams", "seed")
         kept = {key: value for key, value in trial.user_attrs.items() if key in asked}
@@ -375,8 +380,7 @@ def work_off(
                 pool.replace_dead()
                 while len(running) < pool.capacity and left(study, total) > 0:
                     trial = study.ask(dict(space))
-                    job = job_of(trial)
-                    if job and trial.number in {one.number for one in trainings(study)}:
+                    if (job := job_of(trial)) and not is_twin(study, trial.number):
                         running[pool.submit(*job)] = trial
                     else:
                         study.tell(trial, state=TrialState.FAIL)
