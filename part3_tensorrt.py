@@ -448,7 +448,7 @@ def check_export(precision: str, path: Path, threads: int, reference: Reference)
     images = torch.from_numpy(reference.images)
     # Other batches than the two images of the export; few, for each of them restores all weights.
     logits = [
-        evaluation.predict(call, part, reference.preprocessing, batch_size=8)
+        evaluation.predict(call, part, reference.preprocessing, batch_size=min(len(part), 8))
         for part in images.tensor_split([1])
         if len(part)
     ]
