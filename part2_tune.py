@@ -867,7 +867,7 @@ def write_tables(tuning: Tuning) -> dict[str, list[study.Row]]:
     return tables
 
 
-def report(tuning: Tuning, machine: str) -> int:
+def report(tuning: Tuning) -> int:
     """Write, draw and print what there is; exit code 1 if a finalist's or a final training failed.
 
     One that is unavailable, as where memory does not suffice, is only named. What is not done by
@@ -875,9 +875,9 @@ def report(tuning: Tuning, machine: str) -> int:
     """
     rows = write_tables(tuning)
     if rows["trials"]:
-        figures.draw_study(rows["trials"], tuning.folder / "trials.png", machine)
+        figures.draw_study(rows["trials"], tuning.folder / "trials.png")
     if rows["final"]:
-        figures.draw_final(rows["final"], tuning.folder / "final.png", machine)
+        figures.draw_final(rows["final"], tuning.folder / "final.png")
     results.print_table(rows["summary"], SHOWN)
     print(tuning.folder)
     bad = [r for r in rows["finalists"] + rows["final"] if r["status"] not in ("ok", "retried")]
@@ -1052,7 +1052,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run_finalists(tuning, args.finalists, args.finalist_seeds)
         if "final" in args.stages:
             run_final(tuning, args.repeats)
-        return report(tuning, args.device_name)
+        return report(tuning)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the pictures of a run show, on tables small enough to check by hand."""
 
-import csv
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Mapping
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -15,6 +16,7 @@ from matplotlib.figure import Figure
 from utils import figures
 
 MACHINE = "NVIDIA H200"
+ENVIRONMENT = {"gpu": MACHINE, "cpu": "Intel(R) Xeon(R) Platinum 8480+", "cpu_cores": 56}
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def saved(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 
 def measured(candidate: str, batch_size: int, speedup: float, **more: Any) -> dict[str, Any]:
-    row = {"model": "vit", "candidate": candidate, "status": "ok", "threads": 2}
+    row = {"model": "vit", "candidate": candidate, "status": "ok", "threads": 2, "device": "cuda"}
     spread = {"speedup": speedup, "speedup_p10": 0.9 * speedup, "speedup_p90": 1.1 * speedup}
     row |= {"batch_size": batch_size, "latency_ms_median": 12.0 / speedup, **spread}
     return row | {"top1_difference_points": None, "accuracy_batch_size": 8} | more
@@ -73,7 +75,7 @@ def texts_of(figure: Figure) -> list[str]:
 
 
 def test_a_run_has_its_candidates_in_order_of_speed(tmp_path: Path, saved: list[Figure]):
-    assert figures.draw_run(RUN, tmp_path / "run.png", MACHINE)
+    assert figures.draw_run(RUN, tmp_path / "run.png", ENVIRONMENT)
     (figure,) = saved
     assert labels_of(figure) == ["fp32  12 ms", "int8  6 ms", "bf16  4 ms", "bf16-compile"]
     assert [axes.get_xlabel() for axes in figure.axes] == [
@@ -93,7 +95,7 @@ def test_a_run_on_a_gpu_also_has_its_speedup_over_cuda_graphs(tmp_path: Path, sa
     over = {"speedup_over_graph": 1.5, "speedup_over_graph_p10": 1, "speedup_over_graph_p90": 2}
     slow = {"latency_ms_median": 1234.5}
     rows = [measured("torch-fp32", 1, 1.0, **slow), measured("tensorrt-fp16", 1, 6.0, **over)]
-    assert figures.draw_run(rows, tmp_path / "run.png", MACHINE)
+    assert figures.draw_run(rows, tmp_path / "run.png", ENVIRONMENT)
     assert labels_of(saved[0]) == ["torch-fp32  1,234 ms", "tensorrt-fp16  2 ms"]
     assert markers_of(saved[0], 1) == {(1.5, 1)}
     title = "vit: tensorrt-fp16 is 1.5 times as fast as PyTorch's CUDA graph, batch size 1"
@@ -101,8 +103,8 @@ def test_a_run_on_a_gpu_also_has_its_speedup_over_cuda_graphs(tmp_path: Path, sa
 
 
 def test_a_precision_has_one_colour(tmp_path: Path, saved: list[Figure]):
-    figures.draw_run(RUN, tmp_path / "run.png", MACHINE)
-    figures.draw_run([*RUN[:2], measured("onnx-int8", 1, 2.0)], tmp_path / "other.png", MACHINE)
+    figures.draw_run(RUN, tmp_path / "run.png", ENVIRONMENT)
+    figures.draw_run([*RUN[:2], measured("onnx-int8", 1, 2.0)], tmp_path / "other.png", ENVIRONMENT)
     lines = [figure.axes[0].get_lines() for figure in saved]
     colours = [{line.get_color() for line in own if line.get_marker() != "None"} for own in lines]
     assert colours == [{"dimgrey", "C3", "C9", "grey"}, {"dimgrey", "C3", "grey"}]
@@ -111,10 +113,11 @@ def test_a_precision_has_one_colour(tmp_path: Path, saved: list[Figure]):
 def test_no_labels_overlap_in_the_longest_run(tmp_path: Path, saved: list[Figure]):
     sizes = (1, 8, 32, 128, 256)
     names = [f"int8-torchao-bf16-{i:02}" for i in range(18)]
-    about = {"model": "timm/vit_base_patch16_siglip_224"}
+    about = {"model": "timm/vit_base_patch16_siglip_224", "device": "cpu"}
     rows = [measured(name, b, 1.0 + i, **about) for i, name in enumerate(names) for b in sizes]
-    figures.draw_run(rows, tmp_path / "run.png", "Intel(R) Xeon(R) Platinum 8480+, 56 cores")
+    figures.draw_run(rows, tmp_path / "run.png", ENVIRONMENT)
     figure = saved[0]
+    assert texts_of(figure)[1].startswith("Intel(R) Xeon(R) Platinum 8480+, 56 cores, 2 threads;")
     FigureCanvasAgg(figure).draw()
     for texts in (figure.axes[0].get_yticklabels(), figure.legends[0].get_texts()):
         boxes = [text.get_window_extent() for text in texts]
@@ -125,14 +128,14 @@ def test_no_labels_overlap_in_the_longest_run(tmp_path: Path, saved: list[Figure
 
 
 def trial(study: str, number: int, top1: float, status: str = "ok") -> dict[str, Any]:
-    about = {"study": study, "trial": number, "status": status}
+    about = {"study": study, "trial": number, "status": status, "device": MACHINE}
     return about | {"held_out_top1_percent": top1}
 
 
 def test_a_study_shows_the_best_so_far(tmp_path: Path, saved: list[Figure]):
     rows = [trial("gp", i, top1) for i, top1 in enumerate((70.0, 71.0, 60.0, 73.0))]
     rows += [trial("random", 0, 70.0), trial("random", 1, 69.0), trial("random", 2, 99, "failed")]
-    assert figures.draw_study(rows, tmp_path / "trials.png", MACHINE)
+    assert figures.draw_study(rows, tmp_path / "trials.png")
     lines = saved[0].axes[0].get_lines()
     heights = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in lines}
     assert heights == {"gp": [70, 71, 71, 73], "random": [70, 70], "default": [70, 70]}
@@ -142,14 +145,14 @@ def test_a_study_shows_the_best_so_far(tmp_path: Path, saved: list[Figure]):
 
 
 def final(configuration: str, top1: float, study: str = "gp", status: str = "ok") -> dict[str, Any]:
-    about = {"study": study, "configuration": configuration, "status": status}
+    about = {"study": study, "configuration": configuration, "status": status, "device": MACHINE}
     return about | {"top1_percent": top1, "train_seconds": 60.2}
 
 
 def test_final_trainings_have_their_mean_and_interval(tmp_path: Path, saved: list[Figure]):
     rows = [final("default", top1) for top1 in (80.0, 81.0, 82.0)]
     rows += [final("best", 83.0), final("best", 99.0, status="failed")]
-    assert figures.draw_final(rows, tmp_path / "final.png", MACHINE)
+    assert figures.draw_final(rows, tmp_path / "final.png")
     axes = saved[0].axes[0]
     assert labels_of(saved[0]) == ["default", "best"]
     title, subtitle = texts_of(saved[0])
@@ -164,20 +167,20 @@ def test_final_trainings_have_their_mean_and_interval(tmp_path: Path, saved: lis
 
 
 def test_finals_of_several_studies_are_told_apart(tmp_path: Path, saved: list[Figure]):
-    figures.draw_final([final("best", 80.0), final("best", 81.0, "random")], tmp_path / "f", "")
+    figures.draw_final([final("best", 80.0), final("best", 81.0, "random")], tmp_path / "f")
     assert labels_of(saved[0]) == ["gp, best", "random, best"]
 
 
 @pytest.mark.parametrize(
     ("draw", "row"),
     [
-        (figures.draw_run, RUN[-1]),
+        (functools.partial(figures.draw_run, environment=ENVIRONMENT), RUN[-1]),
         (figures.draw_study, trial("gp", 0, 1.0, "failed")),
         (figures.draw_final, final("best", 1.0, status="failed")),
     ],
 )
 def test_where_nothing_is_ok_nothing_is_drawn(tmp_path: Path, draw: Any, row: dict[str, Any]):
-    assert not draw([row], tmp_path / "picture.png", MACHINE)
+    assert not draw([row], tmp_path / "picture.png")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,25 +188,22 @@ def test_where_nothing_is_ok_nothing_is_drawn(tmp_path: Path, draw: Any, row: di
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    rows = list(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-        writer.writeheader()
-        writer.writerows(rows)
+    pd.DataFrame(list(rows)).to_csv(path, index=False)
 
 
 def test_every_kind_of_table_is_drawn(
     tmp_path: Path, saved: list[Figure], capsys: pytest.CaptureFixture[str]
 ):
-    environment = {"gpu": None, "cpu": "Some CPU", "cpu_cores": 4}
-    write(tmp_path / "part1/vit/quantization.csv", RUN)
+    environment = {"gpu": "idle GPU", "cpu": "Some CPU", "cpu_cores": 4}
+    write(tmp_path / "part1/vit/quantization.csv", [row | {"device": "cpu"} for row in RUN])
     (tmp_path / "part1/vit/environment.json").write_text(json.dumps(environment))
     both = [*RUN, *(row | {"model": "timm/other"} for row in RUN)]
     write(tmp_path / "report.csv", both)
     content = {"vit": environment | {"gpu": "GPU A"}, "timm/other": environment | {"gpu": "GPU B"}}
     (tmp_path / "report_environment.json").write_text(json.dumps(content))
     write(tmp_path / "part2/s/trials.csv", [trial("s", 0, 70.0)])
+    write(tmp_path / "part2/s/finalists.csv", [trial("s-finalists", 0, 70.0)])
     write(tmp_path / "part2/s/final.csv", [final("best", 80.0)])
     write(tmp_path / "part2/s/importances.csv", [{"hyperparameter": "width", "importance": 1}])
     output = tmp_path / "figures"
@@ -214,6 +214,7 @@ def test_every_kind_of_table_is_drawn(
     assert sorted(capsys.readouterr().out.split()) == sorted(map(str, output.iterdir()))
     machines = {texts_of(figure)[1].partition(",")[0] for figure in saved}
     assert {"Some CPU", "GPU A", "GPU B"} < machines
+    assert "idle GPU" not in machines
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in output.iterdir())
 
 

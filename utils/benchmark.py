@@ -858,8 +858,7 @@ def finish(run: Run, table: str, rows: Sequence[Row], shown: Mapping[str, tuple[
     """
     results.print_table(rows, shown)
     picture = (run.folder / table).with_suffix(".png")
-    drawn = figures.draw_run(rows, picture, figures.machine_name(run.environment))
+    figures.draw_run(rows, picture, run.environment)
     print(run.folder / table)
-    if drawn:
-        print(picture)
+    print(picture)
     return int(any(row["status"] == "failed" for row in rows))

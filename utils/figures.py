@@ -3,7 +3,7 @@
 They can be drawn again from those files; the reports' figures are drawn like this, too:
 
     python -m utils.figures --input results --output figures
-    python -m utils.figures --input reports/data/part[13]_*.csv --output reports/figures
+    python -m utils.figures --input reports/data/part3_h200.csv --output figures
 
 A candidate has the same colour in every picture: that of its precision.
 """
@@ -12,7 +12,7 @@ import contextlib
 import io
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,10 @@ PANELS = {  # of a run: the column, what it is, and the value that means no chan
     "top1_difference_points": ("change of top-1, points", 0),
 }
 LOWEST_SHOWN = 0.2  # quantile of the trials' accuracies; those below lie on the picture's edge
+UNKNOWN = {"gpu": "unknown GPU", "cpu": "unknown CPU", "cpu_cores": "?"}
 
 
-def machine_name(environment: Mapping[str, Any]) -> str:
-    """The GPU, else the CPU with its cores, from what `results.environment` returned."""
-    return environment["gpu"] or f"{environment['cpu']}, {environment['cpu_cores']} cores"
-
-
-def draw_run(rows: Rows, path: Path, machine: str) -> bool:
+def draw_run(rows: Rows, path: Path, environment: Mapping[str, Any]) -> bool:
     """Draw the candidates of a run of Part 1 or 3, the fastest on top; False if none ran.
 
     Panels, as far as there are values: the speedup over the baseline at each batch size with its
@@ -48,10 +44,13 @@ def draw_run(rows: Rows, path: Path, machine: str) -> bool:
 
     Args:
         rows: of one model, with the columns of the script's CSV; the baseline comes first.
+        environment: of `results.environment`; the picture names its GPU or its CPU.
     """
     table = _ok(rows)
     if table.empty:
         return False
+    cpu = f"{environment['cpu']}, {environment['cpu_cores']} cores"
+    machine = environment["gpu"] if table.device.iloc[0] == "cuda" else cpu
     table = table[table.threads == table.threads.max()]
     panels = [name for name in PANELS if name in table and table[name].notna().any()]
     sizes = sorted(table.batch_size.unique())
@@ -122,12 +121,12 @@ def _draw_candidates(
     axes.grid(axis="y", lw=0.3)
 
 
-def draw_study(rows: Rows, path: Path, machine: str) -> bool:
+def draw_study(rows: Rows, path: Path) -> bool:
     """Draw the trials of one or several studies and each one's best so far; False if none is ok.
 
     Args:
-        rows: with columns `study`, `trial` (0 is the default configuration), `status` and
-            `held_out_top1_percent`.
+        rows: with columns `study`, `trial` (0 is the default configuration), `status`, `device`
+            (its name) and `held_out_top1_percent`.
     """
     table = _ok(rows).sort_values("trial")
     if table.empty:
@@ -135,7 +134,8 @@ def draw_study(rows: Rows, path: Path, machine: str) -> bool:
     best = table.groupby("study", sort=False).held_out_top1_percent.max()
     title = "Best trial: " + ", ".join(f"{study} {top1:.2f} %" for study, top1 in best.items())
     floor = float(table.held_out_top1_percent.quantile(LOWEST_SHOWN))
-    where = f"{machine}; dots are trials, lines the best so far; what is below {floor:.1f} % is cut"
+    device = table.device.iloc[0]
+    where = f"{device}; dots are trials, lines the best so far; what is below {floor:.1f} % is cut"
     with _drawing(path, (8, 4.5), title, where) as (axes,):
         for i, (study, trials) in enumerate(table.groupby("study", sort=False)):
             top1, colour = trials.held_out_top1_percent.clip(lower=floor), f"C{i}"
@@ -149,14 +149,15 @@ def draw_study(rows: Rows, path: Path, machine: str) -> bool:
     return True
 
 
-def draw_final(rows: Rows, path: Path, machine: str) -> bool:
+def draw_final(rows: Rows, path: Path) -> bool:
     """Draw the test accuracy of every final training, with each configuration's mean.
 
     Its 95 % interval is Student's over seeds: it speaks of other seeds, not of other images. False
     if no training is ok.
 
     Args:
-        rows: with columns `study`, `configuration`, `status`, `top1_percent` and `train_seconds`.
+        rows: with columns `study`, `configuration`, `status`, `device` (its name), `top1_percent`
+            and `train_seconds`.
     """
     from scipy import stats
 
@@ -168,8 +169,8 @@ def draw_final(rows: Rows, path: Path, machine: str) -> bool:
     by_configuration = table.groupby("configuration", sort=False).top1_percent
     groups = {str(name): top1 for name, top1 in by_configuration}
     title = ", ".join(f"{name} {top1.mean():.2f} %" for name, top1 in groups.items())
-    seconds = table.train_seconds.mean()
-    where = f"{machine}; {seconds:.0f} s a training; bar: 95 % interval of the mean over seeds"
+    device, seconds = table.device.iloc[0], table.train_seconds.mean()
+    where = f"{device}; {seconds:.0f} s a training; bar: 95 % interval of the mean over seeds"
     with _drawing(path, (8, 1.5 + 0.5 * len(groups)), f"Test top-1: {title}", where) as (axes,):
         for i, top1 in enumerate(groups.values()):
             axes.scatter(top1, [i] * len(top1), s=14, color=f"C{i}")
@@ -211,34 +212,35 @@ def redraw(path: Path, output: Path, name: str) -> list[Path]:
     The columns tell what the CSV holds. None for tables of other things.
     """
     table = pd.read_csv(path)
-    pictures = {name: table}
-    if {"trial", "status", "held_out_top1_percent"} <= set(table):
-        draw = draw_study
-    elif {"configuration", "train_seconds", "top1_percent"} <= set(table):
-        draw = draw_final
-    elif {"candidate", "speedup"} <= set(table):
+    columns, pictures = set(table), {name: table}
+    draw: Callable[..., bool]
+    if {"candidate", "speedup", "device"} <= columns:
         draw = draw_run
         if table.model.nunique() > 1:
             models = table.groupby(table.model.str.replace("/", "-"), sort=False)
             pictures = {f"{name}-{model}": rows for model, rows in models}
+    elif {"configuration", "device", "top1_percent"} <= columns:
+        draw = draw_final
+    elif {"trial", "device"} <= columns and not name.endswith("finalists"):
+        draw = draw_study
     else:
         return []
     drawn = []
     for picture, rows in pictures.items():
         file = output / f"{picture}.png"
-        if draw(rows.to_dict("records"), file, _machine_of(path, rows)):
+        environment = [_environment_of(path, rows)] if draw is draw_run else []
+        if draw(rows.to_dict("records"), file, *environment):
             drawn.append(file)
     return drawn
 
 
-def _machine_of(path: Path, rows: pd.DataFrame) -> str:
-    """The machine of a CSV, from the environment.json beside it; the reports' has one a model."""
+def _environment_of(path: Path, rows: pd.DataFrame) -> Mapping[str, Any]:
+    """The environment.json beside a CSV; the reports' may have one for each model."""
     for name in (f"{path.stem}_environment.json", "environment.json"):
         with contextlib.suppress(FileNotFoundError):
             content = json.loads((path.parent / name).read_text())
-            model = rows.model.iloc[0] if "model" in rows else ""
-            return machine_name(content.get(model, content))
-    return "unknown machine"
+            return content if "gpu" in content else content.get(rows.model.iloc[0], UNKNOWN)
+    return UNKNOWN
 
 
 @cli.command
