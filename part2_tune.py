@@ -95,7 +95,6 @@ WEIGHT_DECAY = 5e-4  # of SGD; Muon needs none
 WARMUP = 0.2  # share of the steps
 
 Space = Mapping[str, Any]  # hyperparameter -> distribution
-Configurations = dict[str, dict[str, Any]]  # name -> hyperparameters
 
 
 def search_space(num_images: int) -> Space:
@@ -283,12 +282,6 @@ class Task:
     def preprocessing(self) -> data.Preprocessing:
         return data.Preprocessing(self.size, self.mean, self.std)
 
-    @property
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and deviation on the device, `[1, 3, 1, 1]` each, to normalise with."""
-        mean, std = (training.channels(values, self.device) for values in (self.mean, self.std))
-        return mean, std
-
 
 def make_task(images: data.ImageSet, flip: bool, device: torch.device) -> Task:
     """Move the images to the device and measure their channels' mean and deviation."""
@@ -311,9 +304,8 @@ def start_network(hparams: HParams, num_classes: int, task: Task, seed: int) -> 
     network = SmallCNN(**architecture_of(hparams, num_classes))
     network.to(task.device).to(memory_format=memory_format(task.device))
     if hparams.whiten:
-        mean, std = task.statistics
         some = task.images.images[:: math.ceil(len(task.images) / 1000)]
-        x = some.float().div_(255).sub_(mean).div_(std)
+        x = data.preprocess(some, task.preprocessing, task.device)
         kernels = training.whitening_kernels(x, WHITE_CHANNELS // 2)
         network.features[0].load_state_dict({"weight": kernels})
     return network
@@ -494,7 +486,8 @@ def make_step(
     """
     on_gpu = task.device.type == "cuda"
     padded = training.pad_for_crops(task.images.images, math.ceil(task.size * hparams.shift))
-    mean, std = task.statistics  # here, as the compiler would not see that they are cached
+    # Here, as the compiler would not see that they are cached.
+    mean, std = (training.channels(values, task.device) for values in (task.mean, task.std))
 
     def loss_of(batch: Tensor) -> Tensor:
         x, targets = augment(padded, batch, mirrored, task, hparams)
@@ -540,20 +533,6 @@ def augment(
         weights = training.mixing_weights(len(batch), task.size, 0.0, hparams.cutmix, task.device)
         x, targets = training.mix(x, targets, weights)
     return x, targets
-
-
-def evaluate(network: nn.Module, images: data.ImageSet, task: Task) -> tuple[float, float]:
-    """Top-1 and top-5 in percent, single view, in fp32."""
-
-    def call(x: Tensor) -> Tensor:
-        return network(x.to(memory_format=memory_format(task.device)))
-
-    network.eval()
-    batch_size = min(1000, len(images))
-    logits = evaluation.predict(call, images.images, task.preprocessing, batch_size, task.device)
-    labels = data.labels_of(images).cpu()
-    top5 = evaluation.top_k_correct(logits, labels, 5)
-    return evaluation.percent(logits.argmax(1) == labels), evaluation.percent(top5)
 
 
 # --- a training in a worker -----------------------------------------------------------------------
@@ -642,7 +621,7 @@ def run_training(
         why = f"{done.train_seconds:.2f} s of training, not {setting.train_seconds:g}"
         return math.nan, columns, why
     state = models.round_to_half(network)
-    top1, top5 = evaluate(network, scored, task)
+    top1, top5 = evaluation.accuracy(network.eval(), scored, task.preprocessing)
     columns["top5_percent" if final else "held_out_top5_percent"] = top5
     if save_as:
         architecture = architecture_of(hparams, len(scored.classes))
@@ -707,11 +686,8 @@ def run_search(tuning: Tuning, trials: int, sampler: str, start: list[dict[str, 
     search, shared = tuning.search, tuning.dead_after_s > 0
     begun = search.get_trials(deepcopy=False)
     search.sampler = study.make_sampler(sampler, tuning.setting.seed, len(begun), shared)
-    queued = [trial.system_attrs.get("fixed_params") for trial in begun]
     for params in [asdict(tuning.default), *start]:
-        if params not in queued:
-            search.enqueue_trial(params)
-            queued.append(params)
+        search.enqueue_trial(params, skip_if_exists=True)
     if start and study.left(search, trials) <= 0:
         print("note: --start is not used: the search has all its --trials")
     work_off(tuning, search, trials)
@@ -793,7 +769,7 @@ def is_saved(tuning: Tuning, configuration: str, hparams: dict[str, Any] | None)
     return False
 
 
-def choose_final(tuning: Tuning) -> Configurations:
+def choose_final(tuning: Tuning) -> dict[str, dict[str, Any]]:
     """The default and, if another finalist has a higher mean, that as `best`.
 
     One that lacks more than half of the seeds does not count.
@@ -1024,7 +1000,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.check_threads([args.threads])
     cli.check_name(args.dataset, data.DATASETS, "data set")
     taken = args.study_name.endswith(("-finalists", "-final"))  # the other stages' studies
-    if args.study_name in ("", ".", "..") or Path(args.study_name).name != args.study_name or taken:
+    if args.study_name in ("", "..") or Path(args.study_name).name != args.study_name or taken:
         remedy = "choose a name without slashes that does not end in -final or -finalists"
         raise cli.UserError(f"--study-name {args.study_name!r}: {remedy}")
     if args.start and "search" not in args.stages:

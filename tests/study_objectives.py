@@ -86,8 +86,7 @@ def run_all(
         search, finalists, final = studies.values()
         begun = search.get_trials(deepcopy=False)
         search.sampler = study.make_sampler("random", 0, len(begun), dead_after_s > 0)
-        if not any(trial.system_attrs.get("fixed_params") == DEFAULT for trial in begun):
-            search.enqueue_trial(DEFAULT)
+        search.enqueue_trial(DEFAULT, skip_if_exists=True)
         go = functools.partial(
             study.work_off, pool=pool, changed=lambda: None, dead_after_s=dead_after_s
         )

@@ -128,8 +128,8 @@ def test_one_run_holds_its_folder(tmp_path: Path):
     args = arguments(tmp_path, "--device", "cpu", "--threads", "1", "--num-images", "10")
     (tmp_path / "vit_digits").mkdir()
     with (
-        benchmark.hold_folder(tmp_path / "vit_digits"),
-        pytest.raises(cli.UserError, match="another run works in"),
+        cli.hold(tmp_path / "vit_digits/.lock", ""),
+        pytest.raises(cli.UserError, match="in use by another run: wait for its end, or take"),
         benchmark.open_run(args),
     ):
         pass

@@ -21,7 +21,8 @@ import part2_tune as part2
 from tests.study_objectives import InlineWorker
 from utils import data, models, study, training
 from utils.cli import UserError
-from utils.data import ROOT, ImageSet, Preprocessing, load_images, preprocess
+from utils.data import ROOT, ImageSet, load_images, preprocess
+from utils.evaluation import accuracy
 from utils.training import Muon
 
 CPU = torch.device("cpu")
@@ -248,10 +249,9 @@ def test_augment_without_mixing_is_a_crop_of_the_image():
     padded = training.pad_for_crops(task.images.images, 0)
     unflipped, hparams = torch.zeros(20, dtype=torch.bool), replace(SMALL, cutmix=0.0)
     x, targets = part2.augment(padded, torch.arange(5), unflipped, task, hparams)
-    preprocessing = Preprocessing(task.size, task.mean, task.std)
-    mean, std = task.statistics
+    mean, std = (training.channels(values, CPU) for values in (task.mean, task.std))
     x = x.sub_(mean).div_(std)
-    torch.testing.assert_close(x, preprocess(task.images.images[:5], preprocessing))
+    torch.testing.assert_close(x, preprocess(task.images.images[:5], task.preprocessing))
     assert targets.argmax(1).equal(data.labels_of(task.images)[:5])
 
 
@@ -316,7 +316,7 @@ def test_the_loss_of_a_step_is_that_of_smoothed_labels_and_mirrored_images():
     hparams = replace(SMALL, cutmix=0.0, shift=0.0, label_smoothing=0.2)
     task = digits_task(64)
     network = part2.start_network(hparams, 10, task, 0)
-    x = preprocess(task.images.images, Preprocessing(task.size, task.mean, task.std))
+    x = preprocess(task.images.images, task.preprocessing)
     labels = data.labels_of(task.images)
     for mirrored in (UNFLIPPED, ~UNFLIPPED):
         logits = network.train()(x.flip(3) if mirrored.all() else x)
@@ -356,7 +356,7 @@ def test_a_whitened_network_keeps_its_first_kernels_and_trains_the_rest():
     part2.prepare_run(network, hparams, task, False)(4, 0.0)
     after = dict(network.named_parameters())
     first = after.pop("features.0.weight")
-    x = preprocess(task.images.images, Preprocessing(task.size, task.mean, task.std))
+    x = preprocess(task.images.images, task.preprocessing)
     assert first.equal(training.whitening_kernels(x, 16))
     assert not first.requires_grad
     assert all(not p.equal(before[name]) for name, p in after.items())
@@ -452,7 +452,7 @@ def test_training_learns_digits_and_follows_its_seed(monkeypatch):
         states.append(network.state_dict())
     assert losses[0] == losses[1]
     assert all(states[0][name].equal(states[1][name]) for name in states[0])
-    top1, top5 = part2.evaluate(network, load_images("digits", "test"), task)
+    top1, top5 = accuracy(network.eval(), load_images("digits", "test"), task.preprocessing)
     assert 40 < top1 < top5
 
 
@@ -528,7 +528,7 @@ def test_a_training_off_its_budget_never_sees_the_test_images(monkeypatch):
         raise AssertionError("looked at")
 
     monkeypatch.setattr(part2, "train", lambda *_: part2.Training(9, 1.5, 16.0, 0.1))
-    monkeypatch.setattr(part2, "evaluate", look)
+    monkeypatch.setattr(part2.evaluation, "accuracy", look)
     top1, _, why = part2.run_training(SETTING, SMALL, 0, True, False, None, CPU)
     assert math.isnan(top1)
     assert why == "16.00 s of training, not 8"
@@ -560,7 +560,7 @@ def test_a_whitened_network_is_saved_and_loaded(tmp_path: Path, monkeypatch):
     assert card["hyperparameters"] == asdict(hparams)
     assert (card["training"]["seed"], card["training"]["steps"]) == (0, 3)
     task, test_set = part2.load_task(generous, True, CPU)
-    assert part2.evaluate(model.module, test_set, task)[0] == top1
+    assert accuracy(model.module, test_set, task.preprocessing)[0] == top1
     assert model.classes == test_set.classes
 
 
@@ -592,7 +592,7 @@ class Trainings:
             save_as.write_text(json.dumps(asdict(hparams)))
             card = {"hyperparameters": asdict(hparams)}
             save_as.with_suffix(".json").write_text(json.dumps(card))
-        columns = {"parameters": 7, "steps": 3, "train_seconds": 0.2}
+        columns = {"parameters": 7, "steps": 3, "train_seconds": 0.2, "device": "here"}
         return self.value(hparams, seed, final), columns, ""
 
 
@@ -911,8 +911,7 @@ def test_quick_run_in_real_processes(tmp_path: Path):
     assert (final.train_images == 1437).all()
     model = load_network(folder / "default.safetensors")
     test_set = load_images("digits", "test")
-    task = part2.Task(test_set, model.preprocessing.mean, model.preprocessing.std, False)
-    top1, _ = part2.evaluate(model.module, test_set, task)
+    top1, _ = accuracy(model.module, test_set, model.preprocessing)
     assert top1 == pytest.approx(final.top1_percent["default"])
     assert "libraries" in json.loads((folder / "environment.json").read_text())
 
@@ -1014,6 +1013,5 @@ def test_the_committed_network_reproduces_its_accuracy():
     path = ROOT / "weights" / "smallcnn_cifar100.safetensors"
     model = load_network(path)
     test_set = load_images("cifar100", "test", Path(os.environ["CIFAR100_DIR"]))
-    task = part2.Task(test_set, model.preprocessing.mean, model.preprocessing.std, False)
-    top1, _ = part2.evaluate(model.module, test_set, task)
+    top1, _ = accuracy(model.module, test_set, model.preprocessing)
     assert top1 == json.loads(path.with_suffix(".json").read_text())["top1"]

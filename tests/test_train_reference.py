@@ -188,7 +188,8 @@ def card_of(name: str) -> dict[str, Any]:
 
 
 def top1(name: str, images: ImageSet) -> float:
-    return tr.top1_percent(load_model(ModelSource(name)).module, images, tr.RECIPES[name])
+    preprocessing = tr.RECIPES[name].preprocessing
+    return tr.accuracy(load_model(ModelSource(name)).module, images, preprocessing)[0]
 
 
 @pytest.mark.parametrize("name", REFERENCE_MODELS)

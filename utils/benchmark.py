@@ -13,7 +13,6 @@ adds what is its own to
 
 import argparse
 import contextlib
-import fcntl
 import functools
 import gc
 import io
@@ -262,7 +261,7 @@ def open_run(
             classes=classes,
         ),
     )
-    with hold_folder(run.folder):
+    with cli.hold(run.folder / ".lock", "take another --output-dir"):
         introduce(run)
         yield run
 
@@ -295,21 +294,6 @@ def load_calibration(run: Run, count: int) -> np.ndarray:
     if not len(images):
         raise UnavailableError("all training images that were drawn to calibrate on are scored too")
     return images
-
-
-@contextlib.contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the lock goes with the process, however that ends."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            message = f"another run works in {folder}: wait for it, or take another --output-dir"
-            raise cli.UserError(message) from error
-        yield
-    finally:
-        os.close(handle)
 
 
 def introduce(run: Run) -> None:

@@ -5,8 +5,10 @@ Exit codes: 0 success, 1 a candidate failed unexpectedly, 2 a user's error (one 
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
+import fcntl
 import functools
 import math
 import os
@@ -15,7 +17,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -204,6 +206,22 @@ def make_output_dir(path: Path, flag: str = "--output-dir") -> Path:
     except OSError as error:
         raise UserError(f"cannot write to {flag} {path}: {error.strerror}") from error
     return path
+
+
+@contextlib.contextmanager
+def hold(path: Path, remedy: str) -> Iterator[None]:
+    """Hold a file for this command alone: the lock ends with its process, however that ends.
+
+    Raises:
+        UserError: another command holds it; the text ends with the remedy.
+    """
+    with path.open("a") as file:  # on NFS a lock needs a file that is open for writing
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = f"{path} is in use by another run: wait for its end, or {remedy}"
+            raise UserError(message) from error
+        yield
 
 
 def seed_everything(seed: int) -> None:

@@ -1,13 +1,12 @@
 """Predictions, accuracy, and the paired comparison of a candidate with its baseline."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-from utils.data import Preprocessing, preprocess
+from utils.data import ImageSet, Preprocessing, labels_of, preprocess
 
 ACCURACY_COLUMNS = (
     "num_images",
@@ -20,15 +19,6 @@ ACCURACY_COLUMNS = (
     "agreement_percent",
     "logit_cosine",
 )
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A difference of two accuracies in percentage points, with its 95 % interval."""
-
-    points: float
-    low: float
-    high: float
 
 
 @torch.no_grad()
@@ -52,6 +42,16 @@ def predict(
         output = torch.as_tensor(call(preprocess(full, preprocessing, device)))
         logits.append(output[: len(batch)].float().cpu())
     return torch.cat(logits)
+
+
+def accuracy(
+    call: Callable[[Tensor], Tensor], images: ImageSet, preprocessing: Preprocessing
+) -> tuple[float, float]:
+    """Top-1 and top-5 in percent of `call` on labelled images, on their device, single view."""
+    batch_size, device = min(1000, len(images)), images.images.device
+    logits = predict(call, images.images, preprocessing, batch_size, device)
+    labels = labels_of(images).cpu()
+    return percent(logits.argmax(1) == labels), percent(top_k_correct(logits, labels, 5))
 
 
 def accuracy_row(
@@ -81,10 +81,9 @@ def accuracy_row(
             logits.argmax(1) == torch.tensor(class_logits)[labels]
         )
     if logits is not baseline:  # the baseline's difference to itself is no measurement
-        difference = paired_difference(correct, correct_baseline)
-        row["top1_difference_points"] = difference.points
-        row["top1_difference_low_points"] = difference.low
-        row["top1_difference_high_points"] = difference.high
+        names = ("points", "low_points", "high_points")
+        for name, value in zip(names, paired_difference(correct, correct_baseline), strict=True):
+            row[f"top1_difference_{name}"] = value
     return row
 
 
@@ -114,8 +113,8 @@ def centred_cosine(logits: Tensor, baseline: Tensor) -> float:
     return cosine.masked_fill((x == y).all(1), 1.0).mean().item()  # constant logits have no angle
 
 
-def paired_difference(correct: Tensor, correct_baseline: Tensor) -> Difference:
-    """Difference of two accuracies measured on the same images, in percentage points.
+def paired_difference(correct: Tensor, correct_baseline: Tensor) -> tuple[float, float, float]:
+    """Difference of two accuracies on the same images in percentage points, and its 95 % interval.
 
     The interval is Bonett and Price's (2012), a Wald interval with one pseudo-observation in each
     discordant cell, recommended for paired proportions by Fagerland, Lydersen and Laake (2014,
@@ -132,4 +131,4 @@ def paired_difference(correct: Tensor, correct_baseline: Tensor) -> Difference:
     z = NormalDist().inv_cdf(0.975)
     half = z * ((p_gained + p_lost - centre**2) / (n + 2)) ** 0.5
     low, high = max(-1.0, centre - half), min(1.0, centre + half)
-    return Difference(100 * (gained - lost) / n, 100 * low, 100 * high)
+    return 100 * (gained - lost) / n, 100 * low, 100 * high

@@ -31,8 +31,6 @@ INSTRUCTION_SETS = ["avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16",
 INSTRUCTION_SETS += ["amx_bf16", "asimddp", "i8mm", "bf16", "sve"]
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.ENAMETOOLONG)
 
-PASSWORDS = r"(://[^:@/\s]*:)[^@\s]*(?=@)|(password=)[^&\s]*"  # in the URL of a database
-
 written: list[Path] = []  # files of this run, for the line that says what is kept
 
 
@@ -138,6 +136,11 @@ def _cell(row: Row, column: str, spec: str) -> str:
     return format(value, spec)
 
 
+def hide_passwords(text: str) -> str:
+    """The text without user and password in the URLs of databases."""
+    return re.sub(r"(?<=://)\S*(?=@)|(?<=password=)[^&\s]+", "***", text)
+
+
 def environment(**extra: Any) -> dict[str, Any]:
     """CPU or GPU, driver, library versions, commit, command line and time."""
     gpu = torch.cuda.is_available()
@@ -148,7 +151,7 @@ def environment(**extra: Any) -> dict[str, Any]:
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return {
         "time_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": re.sub(PASSWORDS, r"\1\2***", command),
+        "command": hide_passwords(command),
         "commit": _output_of("git", "-C", root, "describe", "--always", "--dirty"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -10,15 +10,12 @@ User attributes of a trial: what it trains (`configuration`, `hparams`, `seed`),
 
 import contextlib
 import copy
-import fcntl
 import functools
 import json
 import os
-import re
 import threading
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -30,7 +27,7 @@ import optuna
 import pandas as pd
 import torch
 from optuna.distributions import BaseDistribution
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -38,7 +35,8 @@ from scipy import stats
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 from tqdm import tqdm
 
-from utils.cli import UserError, check_interrupt, first_line
+from utils import results
+from utils.cli import UserError, check_interrupt, first_line, hold
 from utils.workers import Outcome, Worker, attempt
 
 Row = dict[str, Any]
@@ -64,13 +62,14 @@ def opened(text: str) -> Iterator[BaseStorage]:
         UserError: it cannot be used, in one line without a password; or the journal is in use.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    warnings.filterwarnings("ignore", category=ExperimentalWarning)
     with contextlib.ExitStack() as stack:
         with _in_one_line(text, (Exception,)):  # drivers and damaged journals raise many kinds
             if is_shared(text):
                 storage: BaseStorage = _open_database(text)
             else:
-                stack.enter_context(_owned(Path(text)))
+                Path(text).parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(hold(Path(text), "name another --storage"))
+                _drop_torn_line(Path(text))
                 # Optuna's own lock files outlive a kill, and the command holds the journal anyway.
                 lock: Any = threading.RLock()
                 storage = JournalStorage(JournalFileBackend(text, lock_obj=lock))
@@ -101,23 +100,8 @@ def _in_one_line(storage: str, kinds: tuple[type[Exception], ...]) -> Iterator[N
     except kinds as error:
         cause: Any = error.__cause__ or error
         text = first_line(getattr(cause, "orig", None) or cause)  # the driver's own words
-        shown, text = (re.sub(r"//.*@", "//…@", part) for part in (storage, text))
-        raise UserError(f"--storage {shown} cannot be used: {text}") from error
-
-
-@contextlib.contextmanager
-def _owned(path: Path) -> Iterator[None]:
-    """Hold a journal for this command alone: the lock ends with its process, however that ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{path} is in use by another run: wait for its end, or name another --storage"
-            ) from error
-        _drop_torn_line(path)
-        yield
+        message = f"--storage {storage} cannot be used: {text}"
+        raise UserError(results.hide_passwords(message)) from error
 
 
 def _drop_torn_line(path: Path) -> None:
@@ -415,8 +399,7 @@ def _tell(study: optuna.Study, trial: optuna.Trial, outcome: Outcome, died: bool
     if reason:
         tqdm.write(f"{study.study_name}, trial {trial.number}: {status}: {reason}")
     with contextlib.suppress(UpdateFinishedTrialError):  # another machine took us for dead
-        # A database has room for 2048 characters in each.
-        for key, attr in {"status": status, "reason": reason[:500], "columns": columns}.items():
+        for key, attr in {"status": status, "reason": reason, "columns": columns}.items():
             trial.set_user_attr(key, attr)
     if died or objection:
         try_again(study, trial.number)

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from utils import cli, data, models, training
 from utils.data import ImageSet, Preprocessing
-from utils.evaluation import percent, predict
+from utils.evaluation import accuracy
 
 QUICK_IMAGES = 300
 MEAN, STD = models.IMAGENET_MEAN, models.IMAGENET_STD
@@ -298,13 +298,14 @@ def train_phase(
     module.to(task.device).to(memory_format=training.memory_format(task.device)).train()
     ema = ModelEmaV3(module, decay=phase.ema_decay, use_warmup=True)
     optimizer = make_optimizer(module, phase)
-    make = functools.cache(functools.partial(make_step, module, optimizer, phase, loss, task))
+    # Both before the first update: recording a step makes three, which change nothing at rate zero.
+    step_of = [make_step(module, optimizer, phase, loss, task, calm) for calm in (False, True)]
     count = len(task.train)
     steps = max(1, count // phase.batch_size)  # in an epoch, all with full batches
     all_steps, warmup = phase.epochs * steps, phase.warmup * steps
     bar = tqdm(range(phase.epochs), desc=name, unit="epoch", disable=None)
     for epoch in bar:
-        step = make(epoch >= (1 - phase.calm) * phase.epochs)
+        step = step_of[epoch >= (1 - phase.calm) * phase.epochs]
         batches = torch.randperm(count, device=task.device).split(phase.batch_size)[:steps]
         total = torch.zeros((), device=task.device)
         for i, batch in enumerate(batches, start=epoch * steps):
@@ -316,17 +317,11 @@ def train_phase(
         if not math.isfinite(total):  # waits for the device, once in an epoch
             raise cli.UserError(f"the loss is {float(total)}: lower the recipe's learning rate")
         bar.set_postfix_str(f"loss {float(total) / steps:.3f}")
-    top1 = top1_percent(lambda x: ema.module(x)[0], task.held_out, task.recipe)
+    call, how = (lambda x: ema.module(x)[0]), task.recipe.preprocessing
+    top1, _ = accuracy(call, task.held_out, how)
     minutes = (time.perf_counter() - begin) / 60
     facts = {"epochs": phase.epochs, "held_out_top1": round(top1, 2), "minutes": round(minutes, 2)}
     return ema.module, {f"{name}_{key}": value for key, value in facts.items()}
-
-
-def top1_percent(call: Callable[[Tensor], Tensor], images: ImageSet, recipe: Recipe) -> float:
-    """Accuracy of `call` (normalised images `[N, 3, S, S]` -> logits) in fp32."""
-    batch = min(500, len(images))
-    logits = predict(call, images.images, recipe.preprocessing, batch, images.images.device)
-    return percent(logits.argmax(1) == data.labels_of(images).cpu())
 
 
 def train_reference(task: Task) -> tuple[nn.Module, dict[str, Any]]:
@@ -382,7 +377,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     vit, facts = train_reference(Task(recipe, train, held_out))
 
     state = models.round_to_half(vit)
-    top1 = top1_percent(vit.eval(), data.to_device(test_set, device), recipe)
+    top1, _ = accuracy(vit.eval(), data.to_device(test_set, device), recipe.preprocessing)
     architecture = recipe.architecture | {"num_classes": len(test_set.classes)}
     network = models.build_reference_vit(**architecture)
     facts |= {"architecture": architecture, "top1": round(top1, 2), "recipe": asdict(recipe)}
