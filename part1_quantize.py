@@ -373,8 +373,8 @@ def convert_pt2e(module: nn.Module, example: Tensor) -> Any:
     prepared = pt2e.prepare_pt2e(exported, quantizer)
     prepared(example)
     converted = pt2e.convert_pt2e(prepared)
-    drop_unread(converted)
-    return converted
+    # A new module takes only what the graph reads: not the weights that were quantised.
+    return torch.fx.GraphModule(converted, converted.graph)
 
 
 def keep_apart(graph: torch.fx.Graph) -> None:
@@ -388,15 +388,6 @@ def keep_apart(graph: torch.fx.Graph) -> None:
                 copy = graph.call_function(torch.ops.aten.clone.default, (node.args[0],))
             copy.meta = {"val": node.args[0].meta["val"]}
             node.replace_input_with(node.args[0], copy)
-
-
-def drop_unread(converted: Any) -> None:
-    """Drop what the graph no longer reads: convert_pt2e keeps the weights that it has quantised."""
-    read = {node.target for node in converted.graph.nodes if node.op == "get_attr"}
-    for name in [*dict(converted.named_parameters()), *dict(converted.named_buffers())]:
-        if name not in read:
-            owner, _, last = name.rpartition(".")
-            delattr(converted.get_submodule(owner), last)
 
 
 def pt2e_int8_shapes(converted: Any) -> list[tuple[int, ...]]:

@@ -620,19 +620,17 @@ def run_training(
     if abs(done.train_seconds / setting.train_seconds - 1) > setting.tolerance / 100:
         why = f"{done.train_seconds:.2f} s of training, not {setting.train_seconds:g}"
         return math.nan, columns, why
-    state = models.round_to_half(network)
+    models.round_to_half(network)
     top1, top5 = evaluation.accuracy(network.eval(), scored, task.preprocessing)
     columns["top5_percent" if final else "held_out_top5_percent"] = top5
     if save_as:
-        architecture = architecture_of(hparams, len(scored.classes))
         about = {
-            "architecture": architecture,
+            "architecture": architecture_of(hparams, len(scored.classes)),
             "top1": round(top1, 2),
             "hyperparameters": asdict(hparams),
             "training": {"seed": seed} | columns,
         }
-        on_cpu = SmallCNN(**architecture)
-        models.write_checkpoint(save_as, on_cpu, state, task.preprocessing, scored, about, device)
+        models.write_checkpoint(save_as, network, task.preprocessing, scored, about)
     return top1, columns, ""
 
 

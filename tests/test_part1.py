@@ -77,24 +77,20 @@ def test_untrained_model_has_latency_and_fidelity_but_no_accuracy(tmp_path: Path
     assert 0.9 < table.logit_cosine["int8-eager"] < 1
 
 
-def build_broken(module: nn.Module, example: torch.Tensor, job: benchmark.Job) -> benchmark.Variant:
+def build_broken(*_: Any) -> benchmark.Variant:
     raise ValueError("no such kernel\nsecond line")
 
 
-def build_missing(
-    module: nn.Module, example: torch.Tensor, job: benchmark.Job
-) -> benchmark.Variant:
+def build_missing(*_: Any) -> benchmark.Variant:
     raise UnavailableError("not installed")
 
 
-def build_crashing(
-    module: nn.Module, example: torch.Tensor, job: benchmark.Job
-) -> benchmark.Variant:
+def build_crashing(*_: Any) -> benchmark.Variant:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError
 
 
-def build_slow(module: nn.Module, example: torch.Tensor, job: benchmark.Job) -> benchmark.Variant:
+def build_slow(module: nn.Module, *_: Any) -> benchmark.Variant:
     def call(x: torch.Tensor) -> torch.Tensor:
         time.sleep(0.3)
         return module(x)
@@ -102,13 +98,11 @@ def build_slow(module: nn.Module, example: torch.Tensor, job: benchmark.Job) -> 
     return benchmark.Variant(call, 1)
 
 
-def build_nan(module: nn.Module, example: torch.Tensor, job: benchmark.Job) -> benchmark.Variant:
+def build_nan(module: nn.Module, *_: Any) -> benchmark.Variant:
     return benchmark.Variant(lambda x: module(x) * float("nan"), 1)
 
 
-def build_unquantised(
-    module: nn.Module, example: torch.Tensor, job: benchmark.Job
-) -> benchmark.Variant:
+def build_unquantised(module: nn.Module, *_: Any) -> benchmark.Variant:
     return benchmark.Variant(module, 1, [(7, 7)])  # no layer of the model has that shape
 
 

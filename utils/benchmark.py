@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from utils import cli, data, evaluation, figures, models, results, timing, workers
+from utils import cli, data, evaluation, figures, models, results, timing, training, workers
 from utils.models import LoadedModel, ModelSource
 from utils.workers import Outcome, UnavailableError, Worker, attempt, recorded
 
@@ -227,8 +227,7 @@ def open_run(
         split = data.ACCURACY_SPLIT[args.dataset]
         labelled = load(split=split, num_images=args.num_images, seed=args.seed)
         most = INPUT_BATCHES * max(args.batch_sizes)
-        split = data.SPEED_SPLIT[args.dataset]
-        speed = load(split=split, num_images=most, seed=args.seed, fewer=True)
+        speed = load(split="test", num_images=most, seed=args.seed, fewer=True)
         batch_sizes = choose_batch_sizes(args.batch_sizes, speed)
         batches = min(INPUT_BATCHES, len(speed) // batch_sizes[0])
         speed = data.take_subset(speed, batches * batch_sizes[0], args.seed)
@@ -484,9 +483,8 @@ def prepare_process(job: Job) -> None:
     warnings.simplefilter("ignore")  # deprecations of the routes compared
     logging.disable(logging.WARNING)
     torch.set_grad_enabled(False)
-    torch.set_num_threads(job.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True  # as ONNX Runtime and TensorRT, it tries its kernels
+    # cuDNN tries its kernels, as ONNX Runtime and TensorRT do theirs.
+    training.prepare_backend(torch.device(job.device), job.threads)
     cli.seed_everything(job.source.seed)
 
 
@@ -677,11 +675,9 @@ def measure_setting(
             worker.run(os.getpid)
         rows, latency_ms, logits = build_all(run, jobs, processes, images, scored, check)
         # As many calls as fill the baseline's turn, fewer where that would take twice as long.
+        usual = latency_ms[baseline]
         calls = {
-            name: min(
-                timing.calls_per_block(latency_ms[baseline], run.block_seconds),
-                timing.calls_per_block(latency, 2 * run.block_seconds),
-            )
+            name: timing.calls_per_block(max(usual, latency / 2), run.block_seconds)
             for name, latency in latency_ms.items()
         }
         take_turns = functools.partial(

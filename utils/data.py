@@ -38,9 +38,8 @@ DECODING_CHUNK = 100  # images a thread takes at once: one by one, threads mostl
 HELD_OUT_SEED = 0  # fixed, so that recipes and seeds are compared on the same images
 
 DATASETS = ("tiny-imagenet", "cifar100", "digits", "folder")
-# Which split answers which question. Tiny-ImageNet's test split has no labels.
+# Speed is measured on the test split; Tiny-ImageNet's has no labels.
 ACCURACY_SPLIT = {"tiny-imagenet": "val", "cifar100": "test", "digits": "test", "folder": "test"}
-SPEED_SPLIT = {"tiny-imagenet": "test", "cifar100": "test", "digits": "test", "folder": "test"}
 
 INTERPOLATIONS = ("bicubic", "bilinear")  # PyTorch's names, and Pillow's in lower case
 # Said on the screen, and in the --help of the scripts.

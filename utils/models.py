@@ -415,17 +415,12 @@ def open_scales(module: nn.Module, input_size: int) -> None:
             nn.init.kaiming_uniform_(weight)
         else:  # one factor, or one for each channel
             nn.init.ones_(weight)
-    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d)]
-    if not norms:
-        return
-    for norm in norms:
-        norm.train().momentum = 1.0  # takes the statistics of one batch as they are
     coarse, fine = torch.randn(8, 3, 4, 4), torch.randn(8, 3, input_size, input_size)
+    images = nn.functional.interpolate(coarse, fine.shape[2:], mode="bicubic") + fine / 2
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # last digits depend on it, and every process must find the same
-    module(nn.functional.interpolate(coarse, fine.shape[2:], mode="bicubic") + fine / 2)
+    torch.optim.swa_utils.update_bn([images], module)
     torch.set_num_threads(threads)
-    module.eval()
 
 
 # --- the network of the reference models ----------------------------------------------------------
@@ -516,23 +511,21 @@ def sample_logits(module: nn.Module, image_size: int) -> list[list[float]]:
 def write_checkpoint(
     path: Path,
     network: nn.Module,
-    state: dict[str, Tensor],
     preprocessing: Preprocessing,
     test_set: ImageSet,
     about: dict[str, Any],
-    device: torch.device,
 ) -> None:
     """Write the weights, then the card that vouches for them, each renamed when it is whole.
 
     Args:
-        network: built with the `architecture` of `about`, on the CPU; gets the weights.
-        state: what `round_to_half` returned.
+        network: where it was trained, rounded by `round_to_half`; it is moved to the CPU.
         test_set: the images of its accuracy.
         about: the rest of the card; `architecture`, which builds the network, and `top1`, percent
             of the test set with these weights, must be there.
-        device: where it was trained, for the card.
     """
-    network.load_state_dict(state)
+    device = next(network.parameters()).device
+    network.cpu().to(memory_format=torch.contiguous_format).eval()
+    state = round_to_half(network)  # again, which changes nothing
     card = {
         "image_size": preprocessing.input_size,
         "mean": preprocessing.mean,
@@ -541,7 +534,7 @@ def write_checkpoint(
         "dataset": test_set.dataset,
         "split": test_set.split,
         "n_images": len(test_set),
-        "sample_logits": sample_logits(network.eval(), preprocessing.input_size),
+        "sample_logits": sample_logits(network, preprocessing.input_size),
         "date": time.strftime("%Y-%m-%d"),
         "torch": torch.__version__,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",

@@ -140,7 +140,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 def prepare_backend(
     device: torch.device, threads: int | None = None, benchmark: bool = True
 ) -> None:
-    """Set up PyTorch for training; fp32 stays true fp32, as accuracies are reported in it.
+    """Set up PyTorch in this process; fp32 stays true fp32, as accuracies are reported in it.
 
     Args:
         device: becomes the current one, if it is a GPU with an index: streams and graphs are its.
@@ -150,7 +150,7 @@ def prepare_backend(
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     torch.backends.cudnn.benchmark = benchmark
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     if threads is not None:
         torch.set_num_threads(threads)
 

@@ -376,13 +376,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     train, held_out = data.hold_out(data.to_device(train_set, device), recipe.held_out)
     vit, facts = train_reference(Task(recipe, train, held_out))
 
-    state = models.round_to_half(vit)
+    models.round_to_half(vit)
     top1, _ = accuracy(vit.eval(), data.to_device(test_set, device), recipe.preprocessing)
     architecture = recipe.architecture | {"num_classes": len(test_set.classes)}
-    network = models.build_reference_vit(**architecture)
     facts |= {"architecture": architecture, "top1": round(top1, 2), "recipe": asdict(recipe)}
     facts |= {"seed": args.seed, "training_images": len(train), "held_out_images": len(held_out)}
-    models.write_checkpoint(path, network, state, recipe.preprocessing, test_set, facts, device)
+    models.write_checkpoint(path, vit, recipe.preprocessing, test_set, facts)
     print(f"top-1 {top1:.2f} % of {len(test_set)} {test_set.split} images; wrote {path}")
     return 0
 
