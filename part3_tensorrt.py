@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import functools
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
@@ -28,7 +27,6 @@ import shutil
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,8 +71,8 @@ COLUMNS += timing.LATENCY_COLUMNS
 COLUMNS += ("graph_baseline", *benchmark.GRAPH_COLUMNS, *benchmark.TRANSFER_COLUMNS)
 COLUMNS += (*PARITY_COLUMNS, *evaluation.ACCURACY_COLUMNS, "accuracy_batch_size", "size_mb")
 COLUMNS += ("engine_memory_mb", *benchmark.MEMORY_COLUMNS, "build_seconds")
-COLUMNS += ("engine_file", "engine_build_seconds", "engine_cached", "cuda_graph", "layers")
-COLUMNS += ("layer_precisions", "attention_kernels", *benchmark.LOAD_COLUMNS)
+COLUMNS += ("engine_file", "engine_build_seconds", "engine_cached", "cuda_graph")
+COLUMNS += benchmark.LOAD_COLUMNS
 STREAM_COLUMNS: tuple[str, ...] = ("model", "candidate", "precision", "batch_size", "streams")
 STREAM_COLUMNS += ("status", "reason", "images_per_s", "latency_ms_median", "latency_ms_p99")
 STREAM_COLUMNS += ("rounds", "calls")
@@ -121,7 +119,6 @@ class EngineJob(Job):
     optimization_level: int
     detailed: bool = False  # an engine that tells of its layers, not one that is timed
     cuda_graph: bool
-    plan: Path | None = None  # TensorRT's engine
 
 
 # --- the candidates: each takes (module, example batch, job) and returns a Variant ----------------
@@ -163,7 +160,7 @@ def build_onnxruntime(module: nn.Module, example: Tensor, job: Any) -> Variant:
 
 def build_tensorrt(module: nn.Module, example: Tensor, job: Any) -> Variant:
     """TensorRT, strongly typed, one profile per batch size, replayed as a CUDA graph."""
-    plan = tensorrt_runner.read_plan(job.plan)
+    plan = tensorrt_runner.read_plan(Path(job.columns["engine_file"]))
     with contextlib.ExitStack() as stack:
         stack.enter_context(tensorrt_runner.primary_context())
         runner = stack.enter_context(Runner(plan, job.batch_size, job.cuda_graph))
@@ -438,11 +435,12 @@ def verify_onnx(row: Mapping[str, Any]) -> Path:
     return path
 
 
-def check_export(precision: str, path: Path, threads: int, reference: Reference) -> dict[str, Any]:
+def check_export(path: Path, threads: int, reference: Reference) -> dict[str, Any]:
     """In a worker: check an ONNX file, and compare it with PyTorch by ONNX Runtime."""
     size, outputs = reference.preprocessing.input_size, reference.logits.shape[1]
     row = onnx_tools.check_onnx(path, size, outputs) | {"sha256": onnx_tools.hash_onnx(path)}
-    if precision == "bf16":
+    weights = ir.load(path).graph.initializers.values()
+    if any(weight.dtype == ir.DataType.BFLOAT16 for weight in weights):
         return row | {"reason": "compared as an engine only: ONNX Runtime has no bf16 on a CPU"}
     call = onnx_tools.onnx_session(path, threads, optimize=False)
     images = torch.from_numpy(reference.images)
@@ -483,8 +481,8 @@ def make_export(
         else:
             worker.run(export_float, precision, job, run.model.classes, path)
         row["export_seconds"] = time.perf_counter() - start
-        row |= worker.run(check_export, precision, path, job.threads, reference)
-        if precision != "bf16":
+        row |= worker.run(check_export, path, job.threads, reference)
+        if "parity_cosine" in row:
             require_parity(row, precision)
         for file in onnx_tools.onnx_files(path):
             file.replace(target.with_name(file.name))
@@ -498,8 +496,9 @@ def check_own(run: Run, path: Path, reference: Reference) -> dict[str, Any]:
     row: dict[str, Any] = {"model": run.source.name, "export": "own", "status": "ok"}
     row["file"] = str(path)
     with recorded(row), Worker() as worker:
-        row |= worker.run(check_export, "own", path, run.threads[0], reference)
-        require_parity(row, "own")
+        row |= worker.run(check_export, path, run.threads[0], reference)
+        if "parity_cosine" in row:
+            require_parity(row, "own")
     return row
 
 
@@ -527,20 +526,10 @@ def export_all(
 # --- building a TensorRT engine -------------------------------------------------------------------
 
 
-def make_engine(job: EngineJob) -> dict[str, Any]:
-    """In a worker: have the candidate's engine in the folder; the columns on how it came about."""
-    benchmark.check_capability(job.precision)
-    with tensorrt_runner.primary_context() as device:
-        return keep_engine(job, device)
-
-
 def identify(job: EngineJob, device: Any) -> dict[str, Any]:
     """All that decides whether a plan fits: it is in the plan's name and on its card."""
     import tensorrt as trt
 
-    # The bindings come as tensorrt-cu12 or tensorrt-cu13; a build of one's own says neither.
-    names = importlib.metadata.packages_distributions().get("tensorrt", [])
-    cuda = re.search(r"cu\d+", " ".join(names))
     return {
         "onnx": job.export["sha256"],
         "precision": job.precision,
@@ -550,39 +539,42 @@ def identify(job: EngineJob, device: Any) -> dict[str, Any]:
         "gpu": device.name(),
         "compute_capability": list(device.compute_capability()),
         "tensorrt": trt.__version__,
-        "cuda": cuda.group() if cuda else "",
+        "cuda": torch.version.cuda,
         "format": PLAN_FORMAT,
     }
 
 
-def keep_engine(job: EngineJob, device: Any) -> dict[str, Any]:
-    """Take the engine from the folder, or build it and keep it there with its card.
+def make_engine(job: EngineJob) -> dict[str, Any]:
+    """In a worker: have the candidate's engine in the folder, with its card; the columns on it.
 
     Raises:
         EngineError, MemoryError: TensorRT cannot parse, build or load it.
     """
-    onnx, identity = verify_onnx(job.export), identify(job, device)
-    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-    path = job.engine_dir / f"{onnx.stem}-{job.precision}-{key}.plan"
-    with contextlib.suppress(EngineError):  # missing, damaged or foreign; MemoryError is no reason
-        tensorrt_runner.load_engine(tensorrt_runner.read_plan(path))
-        card = json.loads(path.with_suffix(".json").read_text())
-        seconds = card["build_seconds"]
-        return {"engine_file": str(path), "engine_build_seconds": seconds, "engine_cached": True}
-    start = time.perf_counter()
-    label = f"{identity['tensorrt']}-{identity['cuda']}-{identity['gpu']}"
-    timing_cache = job.timing_dir / f"timing-{re.sub('[^0-9a-zA-Z.]+', '-', label)}.cache"
-    plan = build_plan(job, onnx, timing_cache)
-    tensorrt_runner.load_engine(plan)
-    seconds = round(time.perf_counter() - start, 2)
-    card = {
-        "identity": identity,
-        "sha256": hashlib.sha256(plan).hexdigest(),
-        "build_seconds": seconds,
-    }
-    results.replace_file(path, plan)
-    results.write_json(path.with_suffix(".json"), card)
-    return {"engine_file": str(path), "engine_build_seconds": seconds, "engine_cached": False}
+    benchmark.check_capability(job.precision)
+    with tensorrt_runner.primary_context() as device:
+        onnx, identity = verify_onnx(job.export), identify(job, device)
+        key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+        path, cached = job.engine_dir / f"{onnx.stem}-{job.precision}-{key}.plan", False
+        # Missing, damaged or foreign: build it; lack of memory is no reason to.
+        with contextlib.suppress(EngineError):
+            tensorrt_runner.load_engine(tensorrt_runner.read_plan(path))
+            cached = True
+        if not cached:
+            start = time.perf_counter()
+            label = f"{identity['tensorrt']}-{identity['cuda']}-{identity['gpu']}"
+            timing_cache = job.timing_dir / f"timing-{re.sub('[^0-9a-zA-Z.]+', '-', label)}.cache"
+            plan = build_plan(job, onnx, timing_cache)
+            tensorrt_runner.load_engine(plan)
+            seconds = round(time.perf_counter() - start, 2)
+            card = {
+                "identity": identity,
+                "sha256": hashlib.sha256(plan).hexdigest(),
+                "build_seconds": seconds,
+            }
+            results.replace_file(path, plan)
+            results.write_json(path.with_suffix(".json"), card)
+    seconds = json.loads(path.with_suffix(".json").read_text())["build_seconds"]
+    return {"engine_file": str(path), "engine_build_seconds": seconds, "engine_cached": cached}
 
 
 def build_plan(job: EngineJob, onnx: Path, timing_cache: Path) -> bytes:
@@ -668,37 +660,15 @@ def make_monitor(bar: Any) -> Any:
     return Monitor()
 
 
-def describe_layers(job: EngineJob) -> dict[str, Any]:
-    """In a worker: list the layers of an engine built for that; columns that sum them up."""
-    with tensorrt_runner.primary_context() as device:
-        found = keep_engine(job, device)
-        plan = tensorrt_runner.read_plan(Path(found["engine_file"]))
-        with Runner(plan, max(job.engine_batch_sizes), cuda_graph=False) as runner:
-            layers = runner.layers()
+def list_layers(job: EngineJob) -> Path:
+    """In a worker: a file of the layers and their times, of an engine built for that."""
+    plan = tensorrt_runner.read_plan(Path(make_engine(job)["engine_file"]))
+    size = max(job.engine_batch_sizes)
+    with tensorrt_runner.primary_context(), Runner(plan, size, cuda_graph=False) as runner:
+        layers = runner.layers()
     path = job.engine_dir / f"{Path(job.export['file']).stem}-{job.precision}-layers.json"
     results.replace_file(path, json.dumps(layers, indent=1).encode())
-    return summarise_layers(layers)
-
-
-def summarise_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many layers there are, of which precision, and how many are an attention in one kernel.
-
-    A precision is that of a layer's outputs; TensorRT's fused attention is called "mha".
-    """
-    words = {"fp8": "fp8|float8", "int8": "int8", "bf16": "bf16|bfloat16"}
-    words |= {"fp16": "half|fp16|float16", "fp32": "float|fp32"}
-    precisions: Counter[str] = Counter()
-    for layer in layers:
-        formats = [output.get("Format/Datatype", "") for output in layer.get("Outputs", [])]
-        text = " ".join(formats).lower()
-        precisions[next((name for name, w in words.items() if re.search(w, text)), "unknown")] += 1
-    return {
-        "layers": len(layers),
-        "layer_precisions": ", ".join(f"{count} {name}" for name, count in precisions.items()),
-        "attention_kernels": sum(
-            "mha" in f"{layer['Name']} {layer.get('TacticName', '')}".lower() for layer in layers
-        ),
-    }
+    return path
 
 
 def add_engine(job: EngineJob, layers: bool) -> EngineJob:
@@ -713,16 +683,15 @@ def add_engine(job: EngineJob, layers: bool) -> EngineJob:
         engine = attempt(worker.run, make_engine, job)
         columns = dict(job.columns) | (engine.value or {})
         if engine.ok and layers:
-            listed = attempt(worker.run, describe_layers, replace(job, detailed=True))
-            columns |= listed.value or {"reason": f"layers not listed: {listed.reason}"}
+            listed = attempt(worker.run, list_layers, replace(job, detailed=True))
+            print(f"  layers {listed.value or listed.reason}", flush=True)
     if not engine.ok:
         print(f"  engine {job.candidate:24}{engine.status}: {engine.reason}", flush=True)
         return replace(job, missing=engine)
     kept = ", kept" if columns["engine_cached"] else ""
     print(f"  engine {job.candidate:24}{columns['engine_build_seconds']:.1f} s{kept}", flush=True)
-    plan = Path(columns["engine_file"])
-    results.written.append(plan)
-    return replace(job, columns=columns, plan=plan)
+    results.written.append(Path(columns["engine_file"]))
+    return replace(job, columns=columns)
 
 
 # --- throughput with several streams --------------------------------------------------------------
@@ -745,8 +714,7 @@ def measure_streams(
         The columns of each count: the median of images per second over the rounds, and the latency
         of a batch by the host's clock, from the start of its upload until its logits are there.
     """
-    assert job.plan
-    plan = tensorrt_runner.read_plan(job.plan)
+    plan = tensorrt_runner.read_plan(Path(job.columns["engine_file"]))
     found: dict[int, list[tuple[float, list[float]]]] = {count: [] for count in counts}
     with contextlib.ExitStack() as stack:
         stack.enter_context(tensorrt_runner.primary_context())
@@ -809,20 +777,20 @@ def compare_streams(
     """
     rows: list[dict[str, Any]] = []
     passed = {(row["candidate"], row["batch_size"]) for row in timed if row["status"] == "ok"}
-    for job in (job for job in jobs if job.plan):
-        for batch_size in run.batch_sizes:
-            if (job.candidate, batch_size) not in passed:
-                continue
-            row: dict[str, Any] = {"model": run.source.name, "candidate": job.candidate}
-            row |= {"precision": job.precision, "batch_size": batch_size, "status": "ok"}
-            images = data.preprocess(run.speed.images[:batch_size], run.model.preprocessing)
-            chosen = replace(job, batch_size=batch_size)
-            measured: list[dict[str, Any]] = [{}]
-            with recorded(row), Worker() as worker:
-                arguments = (chosen, images.numpy(), counts, run.rounds, run.block_seconds)
-                measured = worker.run(measure_streams, *arguments)
-            rows += [row | columns for columns in measured]
-            run.write_table("streams.csv", rows, STREAM_COLUMNS)
+    engines = [job for job in jobs if job.build == build_tensorrt]
+    for job, batch_size in itertools.product(engines, run.batch_sizes):
+        if (job.candidate, batch_size) not in passed:
+            continue
+        row: dict[str, Any] = {"model": run.source.name, "candidate": job.candidate}
+        row |= {"precision": job.precision, "batch_size": batch_size, "status": "ok"}
+        images = data.preprocess(run.speed.images[:batch_size], run.model.preprocessing)
+        chosen = replace(job, batch_size=batch_size)
+        measured: list[dict[str, Any]] = [{}]
+        with recorded(row), Worker() as worker:
+            arguments = (chosen, images.numpy(), counts, run.rounds, run.block_seconds)
+            measured = worker.run(measure_streams, *arguments)
+        rows += [row | columns for columns in measured]
+        run.write_table("streams.csv", rows, STREAM_COLUMNS)
     return rows
 
 

@@ -107,6 +107,7 @@ def install(
     sys.modules["pycuda"].driver = sys.modules["pycuda.driver"]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", driver)
     monkeypatch.setattr("cuda.bindings.driver", driver, raising=False)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: gpu.capability)
     tensorrt_runner.shared_logger.cache_clear()
     return gpu
 

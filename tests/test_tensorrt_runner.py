@@ -68,8 +68,7 @@ def row_of(onnx_file: Path) -> dict[str, str]:
 def build(onnx_file: Path, folder: Path, **changes: Any) -> Path:
     """Have the engine; where its plan lies."""
     job = make_job(folder, **{"export": row_of(onnx_file)} | changes)
-    with primary_context() as device:
-        return Path(part3.keep_engine(job, device)["engine_file"])
+    return Path(part3.make_engine(job)["engine_file"])
 
 
 @pytest.fixture
@@ -412,6 +411,7 @@ def test_another_choice_is_another_engine(
 def test_another_tensorrt_or_gpu_is_another_engine_and_timing_cache(
     onnx_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     paths = set()
     for version, gpu in (
         ("10.14.1", standin.Gpu()),
@@ -421,15 +421,14 @@ def test_another_tensorrt_or_gpu_is_another_engine_and_timing_cache(
     ):
         standin.install(monkeypatch, version, gpu)
         paths.add(build(onnx_file, tmp_path))
-    cu12 = {"tensorrt": ["tensorrt_cu12_bindings"]}
-    monkeypatch.setattr(part3.importlib.metadata, "packages_distributions", lambda: cu12)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
     paths.add(build(onnx_file, tmp_path))
     assert len(paths) == 5
     assert {path.name for path in tmp_path.glob("timing-*")} == {
-        "timing-10.14.1-Stand-in-GPU.cache",
-        "timing-11.1.0-Stand-in-GPU.cache",
-        "timing-11.1.0-Other-GPU.cache",
-        "timing-11.1.0-cu12-Stand-in-GPU.cache",
+        "timing-10.14.1-13.0-Stand-in-GPU.cache",
+        "timing-11.1.0-13.0-Stand-in-GPU.cache",
+        "timing-11.1.0-13.0-Other-GPU.cache",
+        "timing-11.1.0-12.6-Stand-in-GPU.cache",
     }
 
 

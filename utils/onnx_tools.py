@@ -125,7 +125,7 @@ def check_onnx(path: Path, size: int, outputs: int) -> dict[str, Any]:
         raise ValueError(
             f"{found}: expected float32 [N, 3, {size}, {size}] in, [N, {outputs}] out, for any N"
         )
-    opset = model.opset_imports[""]
+    opset = model.opset_imports.get("") or model.opset_imports["ai.onnx"]  # one domain
     return {"onnx_opset": opset, "nodes": len(model.graph), "size_mb": onnx_bytes(path) / 1e6}
 
 
