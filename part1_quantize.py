@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from utils import benchmark, data, evaluation, timing
+from utils import benchmark, data, evaluation, onnx_tools, timing
 from utils.benchmark import Job, Variant, state_bytes
-from utils.onnx_tools import EXPORT, onnx_bytes, onnx_int8_shapes, onnx_session, save_program
+from utils.onnx_tools import onnx_bytes, onnx_int8_shapes, onnx_session
 from utils.training import capture
 from utils.workers import Outcome, UnavailableError, Worker, attempt
 
@@ -158,7 +158,7 @@ def build_int8_pt2e_bf16(module: nn.Module, example: Tensor, job: Job) -> Varian
 
 def build_onnx_fp32(module: nn.Module, example: Tensor, job: Job) -> Variant:
     """ONNX Runtime, float32."""
-    path, seconds = export_onnx(module, example, job.folder)
+    path, seconds = export_once(module, example, job.folder)
     return Variant(onnx_session(path, job.threads), onnx_bytes(path), None, seconds)
 
 
@@ -167,7 +167,7 @@ def build_onnx_int8(module: nn.Module, example: Tensor, job: Job) -> Variant:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    path, seconds = export_onnx(module, example, job.folder)
+    path, seconds = export_once(module, example, job.folder)
     model = onnx.load(path)
     del model.graph.value_info[:]  # shapes that quantising contradicts, as it turns Gemm to MatMul
     quantized = job.folder / f"int8-{os.getpid()}.onnx"
@@ -409,20 +409,15 @@ def exporting(exporter: str) -> Iterator[None]:
         raise UnavailableError(reason) from error
 
 
-def export_onnx(module: nn.Module, example: Tensor, folder: Path) -> tuple[Path, float]:
-    """Export with a dynamic batch axis, once per run; return the file and the seconds it took."""
+def export_once(module: nn.Module, example: Tensor, folder: Path) -> tuple[Path, float]:
+    """Export to ONNX, once per run; return the file and the seconds it took."""
     path = folder / "model.onnx"
     seconds = path.with_suffix(".seconds")
     if seconds.exists():
         return path, float(seconds.read_text())
     start = time.perf_counter()
-    layer: Any
-    for layer in module.modules():
-        if hasattr(layer, "fused_attn"):  # timm's; the exporter does not take every use of it
-            layer.fused_attn = False
     with exporting("torch.onnx.export"), contextlib.redirect_stdout(io.StringIO()):
-        pair = example[:1].expand(2, -1, -1, -1)
-        save_program(torch.onnx.export(module, (pair,), **EXPORT), path)
+        onnx_tools.export_onnx(module, example[:1].expand(2, -1, -1, -1), path)
     seconds.write_text(f"{time.perf_counter() - start}")
     return path, 0.0
 
@@ -446,7 +441,7 @@ def run_openvino(
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
     import openvino
 
-    exported, seconds = export_onnx(module, example, job.folder)
+    exported, seconds = export_once(module, example, job.folder)
     model, shapes = openvino.Core().read_model(exported), None
     if quantize:
         with contextlib.redirect_stdout(io.StringIO()):  # NNCF's bars

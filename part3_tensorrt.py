@@ -320,37 +320,6 @@ class LowPrecision(nn.Module):
         return self.module(images.to(self.dtype)).float()
 
 
-def plain_attention(
-    query: Any,
-    key: Any,
-    value: Any,
-    attn_mask: Any = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Any:
-    """scaled_dot_product_attention in ONNX as Transpose, MatMul, Softmax, MatMul.
-
-    TensorRT fuses this. The exporter's own translation moves the key's axes by a Reshape to a shape
-    that is computed, which costs time in fp16 and, in TensorRT 10.6, every 8-bit engine.
-    """
-    from onnxscript import opset20 as op
-
-    if is_causal or enable_gqa:
-        raise NotImplementedError("causal or grouped-query attention has no export here")
-    *batch, rows, columns = range(len(key.shape))
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=factor), query))
-    scores = op.MatMul(scaled, op.Transpose(key, perm=[*batch, columns, rows]))
-    if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
-        least = op.CastLike(op.Constant(value_float=-math.inf), query)
-        scores = op.Where(attn_mask, scores, least)
-    elif attn_mask is not None:
-        scores = op.Add(scores, attn_mask)
-    return op.MatMul(op.Softmax(scores, axis=-1), value)
-
-
 def tanh_gelu(x: Any, approximate: str = "none") -> Any:
     """GELU in ONNX by its tanh formula, for half precision: it differs by at most 5e-4.
 
@@ -360,23 +329,6 @@ def tanh_gelu(x: Any, approximate: str = "none") -> Any:
     from onnxscript import opset20 as op
 
     return op.Gelu(x, approximate="tanh")
-
-
-def export_onnx(
-    module: nn.Module, size: int, path: Path, metadata: Mapping[str, str], opset: int
-) -> None:
-    """Export float32 images `[B, 3, size, size]` -> logits `[B, C]`, for any B, to `path`."""
-    aten: Any = torch.ops.aten
-    translations: Any = {aten.scaled_dot_product_attention.default: plain_attention}
-    if isinstance(module, LowPrecision):
-        translations[aten.gelu.default] = tanh_gelu
-    program = torch.onnx.export(
-        module,
-        (torch.zeros(2, 3, size, size),),
-        custom_translation_table=translations,
-        **onnx_tools.EXPORT | {"opset_version": opset},
-    )
-    onnx_tools.save_program(program, path, metadata)
 
 
 def export_float(precision: str, job: EngineJob, classes: Sequence[str] | None, path: Path) -> None:
@@ -391,10 +343,13 @@ def export_float(precision: str, job: EngineJob, classes: Sequence[str] | None, 
         "std": json.dumps(preprocessing.std),
         "interpolation": preprocessing.interpolation,
     }
+    translations = {}
     if precision in DTYPES:
         module = LowPrecision(module, DTYPES[precision])
+        translations[torch.ops.aten.gelu.default] = tanh_gelu
     opset = 22 if precision == "bf16" else 20  # the first whose convolutions take bf16
-    export_onnx(module, preprocessing.input_size, path, metadata, opset)
+    example = torch.zeros(2, 3, preprocessing.input_size, preprocessing.input_size)
+    onnx_tools.export_onnx(module, example, path, opset, translations, metadata)
 
 
 def find_ranges(run: Run, half: Mapping[str, Any]) -> tuple[dict[str, onnx_tools.Range], int]:

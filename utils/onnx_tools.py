@@ -14,18 +14,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from utils.workers import UnavailableError
 
-EXPORT: dict[str, Any] = {  # settings of torch.onnx.export
-    "dynamo": True,
-    "opset_version": 20,  # LayerNormalization and Gelu stay single operators
-    "input_names": ["images"],
-    "output_names": ["logits"],
-    "dynamic_shapes": ({0: torch.export.Dim("batch")},),
-    "verbose": False,
-}
 EXTERNAL_DATA_BYTES = 1_800_000_000  # larger weights lie in a file beside: a protobuf ends at 2 GB
 ANY_SIZE = 1 << 40  # of a constant that is folded
 
@@ -42,18 +34,70 @@ PRODUCTS = ("Conv", "Gemm", "MatMul")
 # --- files ----------------------------------------------------------------------------------------
 
 
-def save_program(program: Any, path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Save what `torch.onnx.export` returned, with its constants folded.
+def plain_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """scaled_dot_product_attention in ONNX as Transpose, MatMul, Softmax, MatMul.
+
+    TensorRT fuses this. The exporter's own translation moves the key's axes by a Reshape to a shape
+    that is computed, which costs time in fp16 and, in TensorRT 10.6, every 8-bit engine.
+    """
+    from onnxscript import opset20 as op
+
+    if is_causal or enable_gqa:
+        raise NotImplementedError("causal or grouped-query attention has no export here")
+    *batch, rows, columns = range(len(key.shape))
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scaled = op.Mul(query, op.CastLike(op.Constant(value_float=factor), query))
+    scores = op.MatMul(scaled, op.Transpose(key, perm=[*batch, columns, rows]))
+    if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
+        least = op.CastLike(op.Constant(value_float=-math.inf), query)
+        scores = op.Where(attn_mask, scores, least)
+    elif attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def export_onnx(
+    module: nn.Module,
+    example: Tensor,
+    path: Path,
+    opset: int = 20,  # LayerNormalization and Gelu are single operators from it on
+    translations: Mapping[Any, Callable[..., Any]] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Export images `[B, 3, H, W]` -> logits `[B, C]`, for any B, with the constants folded.
 
     The same module gives the same bytes wherever it is exported: what the exporter notes about
     source files is dropped.
 
     Args:
+        example: of two images.
+        translations: of operators of PyTorch, beside that of attention.
         metadata: kept in the file's `metadata_props`.
     """
     import onnxscript.optimizer
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
+    attention: Any = torch.ops.aten.scaled_dot_product_attention.default
+    program: Any = torch.onnx.export(
+        module,
+        (example,),
+        dynamo=True,
+        opset_version=opset,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        custom_translation_table={attention: plain_attention, **(translations or {})},
+        verbose=False,
+    )
     # The exporter leaves large constants, such as the standardised weights of an NFNet.
     onnxscript.optimizer.fold_constants(
         program.model, input_size_limit=ANY_SIZE, output_size_limit=ANY_SIZE
