@@ -126,13 +126,23 @@ def test_a_loss_that_is_not_finite_stops_the_training() -> None:
 # --- whole runs -----------------------------------------------------------------------------------
 
 
-def test_trainings_of_one_seed_are_equal_and_learn() -> None:
-    phase = replace(tr.RECIPES["vit_digits"].student, epochs=8, warmup=1, learning_rate=1e-2)
+def test_trainings_of_one_seed_are_equal_and_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    phase = replace(
+        tr.RECIPES["vit_digits"].student, epochs=8, warmup=1, learning_rate=1e-2, calm=0.2
+    )
     small = {"image_size": 8, "patch_size": 2, "width": 48, "depth": 1, "heads": 2}
     recipe = replace(tr.RECIPES["vit_digits"], student=phase, architecture=small)
     task = tr.Task(recipe, *hold_out(load_images("digits", "train", num_images=500), 0.2))
     threads, states = torch.get_num_threads(), []
+    rates: set[float] = set()
     torch.set_num_threads(1)
+
+    def watch(module: nn.Module, optimizer: torch.optim.Optimizer, *rest: Any) -> Any:
+        rates.update(float(group["lr"]) for group in optimizer.param_groups)
+        return make_step(module, optimizer, *rest)
+
+    make_step = tr.make_step
+    monkeypatch.setattr(tr, "make_step", watch)
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         vit, facts = tr.train_reference(task)
@@ -142,6 +152,7 @@ def test_trainings_of_one_seed_are_equal_and_learn() -> None:
     torch.set_num_threads(threads)
     assert states[0].equal(states[1])
     assert not states[0].equal(states[2])
+    assert rates == {0.0}  # recording a step on a GPU trains nothing
 
 
 def test_quick_run_with_teacher_writes_a_model_and_leaves_weights_alone(
