@@ -145,6 +145,7 @@ def draw_study(rows: Rows, path: Path) -> bool:
         if len(default):
             axes.axhline(default.mean(), color="grey", lw=0.8, ls="--", label="default")
         axes.set(xlabel="trial", ylabel="held-out top-1, %")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.figure.legend(loc="outside lower left", ncols=5, frameon=False)
     return True
 
