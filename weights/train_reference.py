@@ -299,7 +299,8 @@ def train_phase(
     ema = ModelEmaV3(module, decay=phase.ema_decay, use_warmup=True)
     optimizer = make_optimizer(module, phase)
     # Both before the first update: recording a step makes three, which change nothing at rate zero.
-    step_of = [make_step(module, optimizer, phase, loss, task, calm) for calm in (False, True)]
+    kinds = {False, phase.calm > 0}
+    step_of = {calm: make_step(module, optimizer, phase, loss, task, calm) for calm in kinds}
     count = len(task.train)
     steps = max(1, count // phase.batch_size)  # in an epoch, all with full batches
     all_steps, warmup = phase.epochs * steps, phase.warmup * steps
