@@ -331,11 +331,24 @@ def tanh_gelu(x: Any, approximate: str = "none") -> Any:
     return op.Gelu(x, approximate="tanh")
 
 
+def export_module(
+    module: nn.Module, precision: str, size: int, path: Path, metadata: Mapping[str, str]
+) -> None:
+    """Export a module of float32 images `[B, 3, size, size]`, which half precision converts."""
+    translations = {}
+    if precision in DTYPES:
+        module = LowPrecision(module, DTYPES[precision])
+        translations[torch.ops.aten.gelu.default] = tanh_gelu
+    opset = 22 if precision == "bf16" else 20  # the first whose convolutions take bf16
+    example = torch.zeros(2, 3, size, size)
+    onnx_tools.export_onnx(module, example, path, opset, translations, metadata)
+
+
 def export_float(precision: str, job: EngineJob, classes: Sequence[str] | None, path: Path) -> None:
     """In a worker: export the model in a float precision, with what its user must know."""
     benchmark.prepare_process(job)
     model = load_model(job.source)
-    preprocessing, module = model.preprocessing, model.module
+    preprocessing = model.preprocessing
     metadata = {
         "model": model.name,
         "classes": json.dumps(classes),
@@ -343,13 +356,7 @@ def export_float(precision: str, job: EngineJob, classes: Sequence[str] | None, 
         "std": json.dumps(preprocessing.std),
         "interpolation": preprocessing.interpolation,
     }
-    translations = {}
-    if precision in DTYPES:
-        module = LowPrecision(module, DTYPES[precision])
-        translations[torch.ops.aten.gelu.default] = tanh_gelu
-    opset = 22 if precision == "bf16" else 20  # the first whose convolutions take bf16
-    example = torch.zeros(2, 3, preprocessing.input_size, preprocessing.input_size)
-    onnx_tools.export_onnx(module, example, path, opset, translations, metadata)
+    export_module(model.module, precision, preprocessing.input_size, path, metadata)
 
 
 def find_ranges(run: Run, half: Mapping[str, Any]) -> tuple[dict[str, onnx_tools.Range], int]:
@@ -509,11 +516,13 @@ def make_engine(job: EngineJob) -> dict[str, Any]:
     with tensorrt_runner.primary_context() as device:
         onnx, identity = verify_onnx(job.export), identify(job, device)
         key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
-        path, cached = job.engine_dir / f"{onnx.stem}-{job.precision}-{key}.plan", False
+        path = job.engine_dir / f"{onnx.stem}-{job.precision}-{key}.plan"
+        seconds = None
         # Missing, damaged or foreign: build it; lack of memory is no reason to.
         with contextlib.suppress(EngineError):
             tensorrt_runner.load_engine(tensorrt_runner.read_plan(path))
-            cached = True
+            seconds = json.loads(path.with_suffix(".json").read_text())["build_seconds"]
+        cached = seconds is not None
         if not cached:
             start = time.perf_counter()
             label = f"{identity['tensorrt']}-{identity['cuda']}-{identity['gpu']}"
@@ -528,7 +537,6 @@ def make_engine(job: EngineJob) -> dict[str, Any]:
             }
             results.replace_file(path, plan)
             results.write_json(path.with_suffix(".json"), card)
-    seconds = json.loads(path.with_suffix(".json").read_text())["build_seconds"]
     return {"engine_file": str(path), "engine_build_seconds": seconds, "engine_cached": cached}
 
 

@@ -60,10 +60,8 @@ def digit_inputs(count: int, split: str = "test") -> Tensor:
 
 def export(module: nn.Module, path: Path, dtype: torch.dtype | None = None) -> Path:
     """Part 3's export of a module of 32x32 images, in float32 or in place in another type."""
-    lower = part3.LowPrecision(module, dtype) if dtype else module
-    opset = 22 if dtype == torch.bfloat16 else 20
-    gelu = {torch.ops.aten.gelu.default: part3.tanh_gelu} if dtype else {}
-    onnx_tools.export_onnx(lower, torch.zeros(2, 3, 32, 32), path, opset, gelu, {"model": "a test"})
+    precision = next((name for name, d in part3.DTYPES.items() if d == dtype), "fp32")
+    part3.export_module(module, precision, 32, path, {"model": "a test"})
     return path
 
 

@@ -318,8 +318,7 @@ def train_phase(
         if not math.isfinite(total):  # waits for the device, once in an epoch
             raise cli.UserError(f"the loss is {float(total)}: lower the recipe's learning rate")
         bar.set_postfix_str(f"loss {float(total) / steps:.3f}")
-    call, how = (lambda x: ema.module(x)[0]), task.recipe.preprocessing
-    top1, _ = accuracy(call, task.held_out, how)
+    top1, _ = accuracy(lambda x: ema.module(x)[0], task.held_out, task.recipe.preprocessing)
     minutes = (time.perf_counter() - begin) / 60
     facts = {"epochs": phase.epochs, "held_out_top1": round(top1, 2), "minutes": round(minutes, 2)}
     return ema.module, {f"{name}_{key}": value for key, value in facts.items()}
